@@ -1,0 +1,955 @@
+/* cpu.c - every op of the table in C: the CPU engine, and the reference the CUDA engine is verified against.
+ *
+ * It is compiled once per instruction set (build.sh); CPU_ENGINE names the one function each build exports, and
+ * engine_open picks the widest that the processor runs. Arithmetic is fp32. Weights are read as they are stored (bf16,
+ * f16, f32) and widened a few rows at a time inside the matrix product.
+ *
+ * What must stay true: an output element is computed by one thread, in an order of additions that depends only on the
+ * row itself (its width, its place in its own segment). So results are bit-identical whatever the thread count, and a
+ * row's forward does not depend on what else is in the batch.
+ */
+#include "nla.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifndef CPU_ENGINE
+#define CPU_ENGINE cpu_engine_any
+#endif
+
+/* ------------------------------------------------------------------------------------------------ vectors
+ * GCC's and Clang's vector types: one source for every width. LANES floats make one register; a tile of the matrix
+ * product keeps TILE_ROWS x 4 of them as accumulators, which is what the register file holds. */
+
+#if defined __AVX512F__
+#define CPU_NAME "avx512"
+enum { LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4 };
+#elif defined __AVX2__
+#define CPU_NAME "avx2"
+enum { LANES = 8, TILE_ROWS = 2, TILE_VECTORS = 2 };
+#else
+#define CPU_NAME "any"
+enum { LANES = 4, TILE_ROWS = 2, TILE_VECTORS = 2 };
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * LANES)));
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef Vec VecAnywhere __attribute__((aligned(4), may_alias));
+typedef Vec4 Vec4Anywhere __attribute__((aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vec load(const float *p) { return *(const VecAnywhere *)p; }
+INLINE void store(float *p, Vec v) { *(VecAnywhere *)p = v; }
+INLINE Vec splat(float x) { return x - (Vec){0}; }
+INLINE Vec choose(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no)); }
+INLINE Vec vec_max(Vec a, Vec b) { return choose(a > b, a, b); }
+
+/* {sum of a, sum of b, sum of c, sum of d}: halves are added together, so four sums cost little more than one. */
+#if defined __AVX512F__
+INLINE Vec4 sums4(Vec a, Vec b, Vec c, Vec d) {
+#define HALVES(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                            \
+        __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+    Vec ab = HALVES(a, b), cd = HALVES(c, d);
+#undef HALVES
+    Vec s = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+            __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    s += __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    s += __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(s, s, 0, 4, 8, 12);
+}
+#else
+INLINE Vec4 quarter(Vec v) {
+#if defined __AVX2__
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+    return v;
+#endif
+}
+INLINE Vec4 sums4(Vec a, Vec b, Vec c, Vec d) {
+    Vec4 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+    Vec4 pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+    Vec4 rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
+    return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
+}
+#endif
+
+INLINE float vec_sum(Vec v) { return sums4(v, v, v, v)[0]; }
+
+INLINE float vec_largest(Vec v) {
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) {
+        m = v[i] > m ? v[i] : m;
+    }
+    return m;
+}
+
+/* e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r, n added to the exponent.
+ * Below -87.3 (the smallest normal result) it is 0; above 88.3 it stays at e^88.3. */
+INLINE Vec vec_exp(Vec x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    Vec clamped = choose(x < 88.3f, x, splat(88.3f));
+    Vec shifted = clamped * 1.44269504f + magic;
+    Vec n = shifted - magic;
+    Vec r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+    Vec p = splat(1.3981999507e-3f);
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    VecInt exponent = ((VecInt)shifted - (VecInt)splat(magic)) << 23;
+    Vec result = (Vec)((VecInt)p + exponent);
+    return choose(x < -87.3f, splat(0), result);
+}
+
+INLINE size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+/* ------------------------------------------------------------------------------------------------ the engine's memory */
+
+enum {
+    BLOCK_ROWS = 120,   /* rows of x that are packed at once: they stay in the L2 cache, */
+    BLOCK_K = 1024,     /* ... this many columns of them */
+    KEY_TILE = 64,      /* keys that attention treats at once */
+    QUERY_TILE = 96     /* (query, head) pairs that share them */
+};
+
+typedef struct {
+    int run, first, n; /* rows run.row + first .. + n of the batch */
+    int g;             /* key/value head */
+} AttentionItem;
+
+/* One thread's working memory, and the list of attention's work shared by all. */
+typedef struct {
+    float *packed_x;  /* [BLOCK_ROWS, BLOCK_K] */
+    float *strip;     /* [4, BLOCK_K]: four rows of W, widened */
+    float *q, *o;     /* [QUERY_TILE, E padded] */
+    float *score;     /* [QUERY_TILE, KEY_TILE] */
+    float *v;         /* [KEY_TILE, E padded], only when E is not a multiple of LANES */
+    float *norm;      /* a norm's weights, widened */
+    size_t head_room, norm_room;
+} Scratch;
+
+typedef struct {
+    Scratch *thread;
+    AttentionItem *item;
+    size_t item_room;
+} Cpu;
+
+static float *aligned_floats(size_t count) {
+    void *p = NULL;
+    return posix_memalign(&p, 64, count * sizeof(float) + 64) == 0 ? p : NULL;
+}
+
+/* Scratch that depends on the model's widths grows when a wider model comes along. */
+static float *grow(float *old, size_t *room, size_t count) {
+    if (count <= *room) {
+        return old;
+    }
+    free(old);
+    float *p = xmalloc(count * sizeof(float));
+    *room = count;
+    return p;
+}
+
+static Act *cpu_alloc(Engine *e, size_t count) {
+    (void)e;
+    return count > SIZE_MAX / sizeof(float) - 64 ? NULL : aligned_floats(count);
+}
+
+static void cpu_free(Engine *e, void *memory) {
+    (void)e;
+    free(memory);
+}
+
+static void cpu_read(Engine *e, float *host, const Act *x, size_t offset, size_t count) {
+    (void)e;
+    memcpy(host, (const float *)x + offset, count * sizeof(float));
+}
+
+static void cpu_write(Engine *e, Act *x, size_t offset, const float *host, size_t count) {
+    (void)e;
+    memcpy((float *)x + offset, host, count * sizeof(float));
+}
+
+static void cpu_close(Engine *e) {
+    Cpu *cpu = e->scratch;
+    for (int t = 0; t < e->threads; t++) {
+        Scratch *s = &cpu->thread[t];
+        free(s->packed_x);
+        free(s->strip);
+        free(s->q);
+        free(s->score);
+        free(s->norm);
+    }
+    free(cpu->thread);
+    free(cpu->item);
+    free(cpu);
+    free(e);
+}
+
+/* ------------------------------------------------------------------------------------------------ number formats */
+
+/* Widens n stored numbers, from element `offset` of the tensor on, to fp32. */
+static void widen(float *out, const Tensor *t, size_t offset, size_t n) {
+    if (t->dtype == DT_F32) {
+        memcpy(out, (const float *)t->data + offset, n * sizeof(float));
+    } else if (t->dtype == DT_BF16) {
+        const uint16_t *in = (const uint16_t *)t->data + offset;
+        uint32_t *bits = (uint32_t *)(void *)out;
+        for (size_t i = 0; i < n; i++) {
+            bits[i] = (uint32_t)in[i] << 16;
+        }
+    } else {
+        const uint16_t *in = (const uint16_t *)t->data + offset;
+        size_t i = 0;
+#ifdef __F16C__
+        for (; i + 8 <= n; i += 8) {
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(in + i))));
+        }
+#endif
+        for (; i < n; i++) {
+            out[i] = f16_to_f32(in[i]);
+        }
+    }
+}
+
+/* A norm's weights in fp32, with Gemma's 1 added. */
+static const float *widened_norm(Scratch *s, const Tensor *w, int D, int plus_one) {
+    s->norm = grow(s->norm, &s->norm_room, (size_t)D);
+    widen(s->norm, w, 0, (size_t)D);
+    for (int i = 0; plus_one && i < D; i++) {
+        s->norm[i] += 1.0f;
+    }
+    return s->norm;
+}
+
+/* ------------------------------------------------------------------------------------------------ linear
+ * y = x W^T. Both x and W have the summed dimension k contiguous, so a product is a bundle of dot products: lanes run
+ * along k, a tile of TILE_ROWS rows of x and 4 rows of W keeps one accumulator register per output, and the lanes are
+ * summed at the end. No transposition, W is read once in its stored order, and one row (decoding) and many rows
+ * (prompts, training) run the same additions.
+ *
+ * Reuse: a block of x (BLOCK_ROWS x BLOCK_K) is packed into L2; a strip of 4 rows of W is widened into L1 and meets all
+ * rows of the block. Bound: one multiply-add instruction per cycle, (TILE_ROWS + 4) loads for 4 TILE_ROWS of them. */
+
+#ifdef __AVX512BF16__
+INLINE Vec dot_bf16(Vec sum, const void *x, const void *w) {
+    __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(w);
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+/* out[i][0..4) = or += the dot products of mr rows of x and 4 rows of w, k elements each (bf16: pairs in one float). */
+INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, int k, Vec4 *out) {
+    Vec sum[TILE_ROWS][4];
+    for (int i = 0; i < mr; i++) {
+        for (int j = 0; j < 4; j++) {
+            sum[i][j] = (Vec){0};
+        }
+    }
+    for (int p = 0; p < k; p += LANES) {
+        const float *wp = w + p, *xp = x + p;
+#ifdef __AVX512BF16__
+        if (bf16) {
+            for (int i = 0; i < mr; i++) {
+                for (int j = 0; j < 4; j++) {
+                    sum[i][j] = dot_bf16(sum[i][j], xp + i * k, wp + j * k);
+                }
+            }
+            continue;
+        }
+#else
+        (void)bf16;
+#endif
+        Vec w0 = load(wp), w1 = load(wp + k), w2 = load(wp + 2 * k), w3 = load(wp + 3 * k);
+        for (int i = 0; i < mr; i++) {
+            Vec xi = load(xp + i * k);
+            sum[i][0] += xi * w0;
+            sum[i][1] += xi * w1;
+            sum[i][2] += xi * w2;
+            sum[i][3] += xi * w3;
+        }
+    }
+    for (int i = 0; i < mr; i++) {
+        out[i] = sums4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    }
+}
+
+static void dot_rows(int mr, bool bf16, const float *x, const float *w, int k, Vec4 *out) {
+#define TILE(n)                                                                                                        \
+    case n:                                                                                                            \
+        if (bf16) {                                                                                                    \
+            dot_tile(n, true, x, w, k, out);                                                                           \
+        } else {                                                                                                       \
+            dot_tile(n, false, x, w, k, out);                                                                          \
+        }                                                                                                              \
+        break;
+    switch (mr) {
+        TILE(1)
+        TILE(2)
+#if defined __AVX512F__
+        TILE(3)
+        TILE(4)
+        TILE(5)
+        TILE(6)
+#endif
+    default: break;
+    }
+#undef TILE
+}
+
+#ifdef __AVX512BF16__
+/* Rounds fp32 to bf16; the last 32-group is filled with zeros. */
+static void narrow(uint16_t *out, const float *in, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), (__m256i)half);
+    }
+}
+#endif
+
+/* Rows of x, columns [k0, k0+kc), into rows of `width` floats; beyond kc they are zero. */
+static void pack_x(float *packed, const float *x, int rows, int K, int k0, int kc, int width, bool bf16) {
+    for (int i = 0; i < rows; i++) {
+        const float *in = x + (size_t)i * (size_t)K + k0;
+        float *row = packed + (size_t)i * (size_t)width;
+        memset(row + width - 16, 0, 16 * sizeof(float));
+#ifdef __AVX512BF16__
+        if (bf16) {
+            narrow((uint16_t *)(void *)row, in, (size_t)kc);
+            continue;
+        }
+#else
+        (void)bf16;
+#endif
+        memcpy(row, in, (size_t)kc * sizeof(float));
+    }
+}
+
+/* Rows o..o+4 of W, columns [k0, k0+kc), as pack_x; rows past the last are zero. */
+static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k0, int kc, int width, bool bf16) {
+    for (int j = 0; j < 4; j++) {
+        float *row = strip + (size_t)j * (size_t)width;
+        if (o + j >= O) {
+            memset(row, 0, (size_t)width * sizeof(float));
+            continue;
+        }
+        size_t offset = (size_t)(o + j) * (size_t)K + (size_t)k0;
+        memset(row + width - 16, 0, 16 * sizeof(float));
+        if (!bf16) {
+            widen(row, w, offset, (size_t)kc);
+        } else if (w->dtype == DT_BF16) {
+            memcpy(row, (const uint16_t *)w->data + offset, (size_t)kc * 2);
+        } else {
+#ifdef __AVX512BF16__
+            float wide[BLOCK_K];
+            widen(wide, w, offset, (size_t)kc);
+            narrow((uint16_t *)(void *)row, wide, (size_t)kc);
+#endif
+        }
+    }
+}
+
+typedef struct {
+    float *out; /* the stack's own columns of the output: out[n * ldo + o] */
+    size_t ldo;
+    const float *x;
+    const Tensor *w, *b;
+    int O, K;
+    bool bf16;
+} Product;
+
+/* One thread's share: rows [row, row+rows) of x and outputs [from, to). */
+static void product_block(const Product *p, Scratch *s, int row, int rows, int from, int to) {
+    int pieces = (p->K + BLOCK_K - 1) / BLOCK_K;
+    int step = (int)round_up((size_t)((p->K + pieces - 1) / pieces), 32);
+    for (int k0 = 0; k0 < p->K; k0 += step) {
+        int kc = p->K - k0 < step ? p->K - k0 : step;
+        int width = (int)round_up(p->bf16 ? (size_t)(kc + 1) / 2 : (size_t)kc, 16);
+        pack_x(s->packed_x, p->x + (size_t)row * (size_t)p->K, rows, p->K, k0, kc, width, p->bf16);
+        for (int o = from; o < to; o += 4) {
+            pack_strip(s->strip, p->w, p->O, o, p->K, k0, kc, width, p->bf16);
+            int columns = to - o < 4 ? to - o : 4;
+            float bias[4] = {0};
+            if (p->b->data && k0 == 0) {
+                widen(bias, p->b, (size_t)o, (size_t)columns);
+            }
+            for (int i = 0; i < rows; i += TILE_ROWS) {
+                int mr = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
+                Vec4 sum[TILE_ROWS];
+                dot_rows(mr, p->bf16, s->packed_x + (size_t)i * (size_t)width, s->strip, width, sum);
+                for (int r = 0; r < mr; r++) {
+                    float *out = p->out + (size_t)(row + i + r) * p->ldo + o;
+                    if (columns == 4) {
+                        Vec4 base = k0 == 0 ? *(Vec4Anywhere *)bias : *(Vec4Anywhere *)out;
+                        *(Vec4Anywhere *)out = base + sum[r];
+                    } else {
+                        for (int c = 0; c < columns; c++) {
+                            out[c] = (k0 == 0 ? bias[c] : out[c]) + sum[r][c];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+static void cpu_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
+    Cpu *cpu = e->scratch;
+    int blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    /* Few row blocks (decoding): the outputs are divided, so that all threads have work. */
+    int pieces = blocks >= 4 * e->threads ? 1 : (4 * e->threads + blocks - 1) / blocks;
+    int column = 0;
+    for (int m = 0; m < w->n; m++) {
+        int O = (int)w->w[m].shape[0];
+        Product p = {(float *)out + column, (size_t)w->out, x, &w->w[m], &w->b[m], O, w->in, e->bf16_dot};
+        int piece = (int)round_up((size_t)((O + pieces - 1) / pieces), 4);
+        int per_block = (O + piece - 1) / piece;
+        int rows = (N + blocks - 1) / blocks;
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads)
+        for (int task = 0; task < blocks * per_block; task++) {
+            int row = task / per_block * rows, from = task % per_block * piece;
+            int n = N - row < rows ? N - row : rows, to = O - from < piece ? O : from + piece;
+            if (n > 0) {
+                product_block(&p, &cpu->thread[omp_get_thread_num()], row, n, from, to);
+            }
+        }
+        column += O;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ row by row ops */
+
+static void cpu_embed(Engine *e, Act *out, const Tensor *table, const int *token, int N, int D, float scale) {
+    (void)e;
+    for (int n = 0; n < N; n++) {
+        float *row = (float *)out + (size_t)n * (size_t)D;
+        widen(row, table, (size_t)token[n] * (size_t)D, (size_t)D);
+        for (int i = 0; i < D; i++) {
+            row[i] *= scale;
+        }
+    }
+}
+
+/* One row. w already holds the added 1. */
+INLINE void rmsnorm_row(float *out, const float *x, const float *w, int D, float eps) {
+    Vec squares = {0};
+    int i = 0;
+    for (; i + LANES <= D; i += LANES) {
+        Vec v = load(x + i);
+        squares += v * v;
+    }
+    float sum = vec_sum(squares);
+    for (; i < D; i++) {
+        sum += x[i] * x[i];
+    }
+    float inverse = 1.0f / sqrtf(sum / (float)D + eps);
+    for (i = 0; i < D; i++) {
+        out[i] = x[i] * inverse * w[i];
+    }
+}
+
+static void cpu_rmsnorm(Engine *e, Act *out, const Act *x, const Tensor *w, int N, int D, float eps, int plus_one) {
+    Cpu *cpu = e->scratch;
+    const float *weight = widened_norm(&cpu->thread[0], w, D, plus_one);
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 16)
+    for (int n = 0; n < N; n++) {
+        size_t at = (size_t)n * (size_t)D;
+        rmsnorm_row((float *)out + at, (const float *)x + at, weight, D, eps);
+    }
+}
+
+static void cpu_gated(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu) {
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 4)
+    for (int n = 0; n < N; n++) {
+        const float *gate = (const float *)gate_up + (size_t)n * 2 * (size_t)F, *up = gate + F;
+        float *row = (float *)out + (size_t)n * (size_t)F;
+        for (int i = 0; i < F; i += LANES) {
+            int count = F - i < LANES ? F - i : LANES;
+            Vec g = {0}, u = {0};
+            if (count == LANES) {
+                g = load(gate + i);
+                u = load(up + i);
+            } else {
+                memcpy(&g, gate + i, (size_t)count * sizeof(float));
+                memcpy(&u, up + i, (size_t)count * sizeof(float));
+            }
+            /* silu(x) = x / (1 + e^-x). gelu_tanh(x) = x (1 + tanh y) / 2 = x / (1 + e^-2y), y = sqrt(2/pi) (x + 0.044715 x^3) */
+            Vec slope = gelu ? 1.5957691216f * (g + 0.044715f * g * g * g) : g;
+            Vec y = g / (1.0f + vec_exp(-slope)) * u;
+            memcpy(row + i, &y, (size_t)count * sizeof(float));
+        }
+    }
+}
+
+static void cpu_add(Engine *e, Act *x, const Act *y, size_t count) {
+    float *a = x;
+    const float *b = y;
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (count > 65536)
+    for (size_t i = 0; i < count; i++) {
+        a[i] += b[i];
+    }
+}
+
+static void cpu_gather(Engine *e, Act *out, const Act *x, const int *row, int n, int D) {
+    (void)e;
+    for (int i = 0; i < n; i++) {
+        memcpy((float *)out + (size_t)i * (size_t)D, (const float *)x + (size_t)row[i] * (size_t)D,
+               (size_t)D * sizeof(float));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ RoPE and the cache
+ * Values are kept as [row, G*E]. Keys are kept in blocks of LANES rows, [block, g, element, row in block]: a register
+ * then holds one element of LANES keys, and scores need no summing across lanes. */
+
+INLINE float *key_block(const float *k, int row, int g, int G, int E) {
+    return (float *)k + ((size_t)(row / LANES) * (size_t)G + (size_t)g) * (size_t)E * LANES;
+}
+
+INLINE void rotate(float *out, const float *x, const float *cos, const float *sin, int E, int stride) {
+    int half = E / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        out[i * stride] = a * cos[i] - b * sin[i];
+        out[(i + half) * stride] = b * cos[i] + a * sin[i];
+    }
+}
+
+static void cpu_rope_qkv(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm,
+                         float eps, int plus_one, const float *cos, const float *sin, const int *position,
+                         const int *cache_row, int N, int H, int G, int E) {
+    Cpu *cpu = e->scratch;
+    size_t width = (size_t)(H + 2 * G) * (size_t)E, half = (size_t)E / 2;
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 4)
+    for (int n = 0; n < N; n++) {
+        Scratch *s = &cpu->thread[omp_get_thread_num()];
+        const float *in = (const float *)qkv + (size_t)n * width;
+        const float *c = cos + (size_t)position[n] * half, *sn = sin + (size_t)position[n] * half;
+        float head[1024];
+        const float *weight = q_norm ? widened_norm(s, q_norm, E, plus_one) : NULL;
+        for (int h = 0; h < H + G; h++) {
+            if (h == H && k_norm) {
+                weight = widened_norm(s, k_norm, E, plus_one);
+            }
+            const float *x = in + (size_t)h * (size_t)E;
+            if (weight) {
+                rmsnorm_row(head, x, weight, E, eps);
+                x = head;
+            }
+            if (h < H) {
+                rotate((float *)q + ((size_t)n * (size_t)H + (size_t)h) * (size_t)E, x, c, sn, E, 1);
+            } else {
+                rotate(key_block(k, cache_row[n], h - H, G, E) + cache_row[n] % LANES, x, c, sn, E, LANES);
+            }
+        }
+        memcpy((float *)v + (size_t)cache_row[n] * (size_t)G * (size_t)E, in + (size_t)(H + G) * (size_t)E,
+               (size_t)G * (size_t)E * sizeof(float));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ attention
+ * Flash attention over a forest: for a few queries of one run and the heads that share a key/value head, walk the keys
+ * of the ancestors from the root down, KEY_TILE at a time, with a running maximum and sum. Tiles start at each segment's
+ * own start, so a row's additions depend only on its own chain of segments. */
+
+/* c[i][v*LANES ..] = (accumulate ? c : 0) + sum_k a[i][k] * b[v][k*ldb ..], mr rows, nv vectors. */
+INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c, int ldc,
+                       bool accumulate) {
+    Vec sum[6][4];
+    for (int i = 0; i < mr; i++) {
+        for (int j = 0; j < nv; j++) {
+            sum[i][j] = accumulate ? load(c + i * ldc + j * LANES) : (Vec){0};
+        }
+    }
+    for (int p = 0; p < k; p++) {
+        Vec bp[4];
+        for (int j = 0; j < nv; j++) {
+            bp[j] = load(b[j] + (size_t)p * ldb);
+        }
+        for (int i = 0; i < mr; i++) {
+            float x = a[i * lda + p];
+            for (int j = 0; j < nv; j++) {
+                sum[i][j] += x * bp[j];
+            }
+        }
+    }
+    for (int i = 0; i < mr; i++) {
+        for (int j = 0; j < nv; j++) {
+            store(c + i * ldc + j * LANES, sum[i][j]);
+        }
+    }
+}
+
+/* All rows of a against nv <= TILE_VECTORS vectors of b. */
+INLINE void outer_rows(int rows, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c,
+                       int ldc, bool accumulate) {
+    enum { ROWS = LANES == 16 ? 6 : 4 };
+    int i = 0;
+    for (; i + ROWS <= rows; i += ROWS) {
+        outer_tile(ROWS, nv, a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+    }
+    for (; i < rows; i++) {
+        outer_tile(1, nv, a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+    }
+}
+
+static void outer(int rows, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c, int ldc,
+                  bool accumulate) {
+    if (nv == TILE_VECTORS) {
+        outer_rows(rows, TILE_VECTORS, a, lda, b, ldb, k, c, ldc, accumulate);
+        return;
+    }
+    for (int j = 0; j < nv; j++) {
+        outer_rows(rows, 1, a, lda, b + j, ldb, k, c + j * LANES, ldc, accumulate);
+    }
+}
+
+/* Softmax bookkeeping of one (query, head) over one tile: scores become weights relative to the new maximum; the sum so
+ * far and the output so far are scaled to it. Keys outside [from, to) weigh nothing. */
+INLINE void softmax_tile(float *score, int from, int to, float *largest, float *sum, float *o, int width) {
+    if (from >= to) {
+        memset(score, 0, KEY_TILE * sizeof(float));
+        return;
+    }
+    Vec index, best = splat(-INFINITY);
+    for (int i = 0; i < LANES; i++) {
+        index[i] = (float)i;
+    }
+    for (int j = 0; j < KEY_TILE; j += LANES) {
+        Vec at = index + (float)j;
+        Vec s = choose((at >= (float)from) & (at < (float)to), load(score + j), splat(-INFINITY));
+        store(score + j, s);
+        best = vec_max(best, s);
+    }
+    float tile_largest = vec_largest(best);
+    float now = tile_largest > *largest ? tile_largest : *largest;
+    float shrink = *largest == -INFINITY ? 0.0f : expf(*largest - now);
+    Vec total = {0};
+    for (int j = 0; j < KEY_TILE; j += LANES) {
+        Vec w = vec_exp(load(score + j) - now);
+        store(score + j, w);
+        total += w;
+    }
+    *sum = *sum * shrink + vec_sum(total);
+    if (shrink != 1.0f) {
+        for (int i = 0; i < width; i++) {
+            o[i] *= shrink;
+        }
+    }
+    *largest = now;
+}
+
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    const Segment *segment;
+    const Run *run;
+    int H, G, E, window;
+    float scale;
+} Attention;
+
+/* The tiles of one segment, for the queries of one item. */
+static void attend_segment(const Attention *a, const AttentionItem *item, Scratch *s, int seg, float *largest, float *sum) {
+    const Run *run = &a->run[item->run];
+    const Segment *keys = &a->segment[seg];
+    int group = a->H / a->G, rows = item->n * group, E = a->E, width = (int)round_up((size_t)E, LANES);
+    bool own = seg == run->seg;
+    int first_query = a->segment[run->seg].position + run->first + item->first; /* position of the item's first query */
+    int n_keys = own ? run->first + item->first + item->n : keys->len;
+    for (int j = 0; j < n_keys; j += KEY_TILE) {
+        int n = n_keys - j < KEY_TILE ? n_keys - j : KEY_TILE, position = keys->position + j;
+        if (a->window > 0 && first_query - (position + n - 1) >= a->window) {
+            continue; /* out of every query's window */
+        }
+        for (int t = 0; t < KEY_TILE / LANES; t += TILE_VECTORS) {
+            const float *block[TILE_VECTORS];
+            for (int b = 0; b < TILE_VECTORS; b++) { /* past the last key: any readable block will do, it is masked */
+                int row = keys->row + j + (t + b) * LANES;
+                block[b] = key_block(a->k, (t + b) * LANES < n ? row : keys->row + j, item->g, a->G, E);
+            }
+            outer(rows, TILE_VECTORS, s->q, width, block, LANES, E, s->score + t * LANES, KEY_TILE, false);
+        }
+        for (int r = 0; r < rows; r++) {
+            int query = first_query + r / group;
+            int to = own && query - position + 1 < n ? query - position + 1 : n;
+            int from = a->window > 0 && query - a->window + 1 > position ? query - a->window + 1 - position : 0;
+            softmax_tile(s->score + (size_t)r * KEY_TILE, from, to, &largest[r], &sum[r], s->o + (size_t)r * (size_t)width,
+                         width);
+        }
+        size_t ldv = (size_t)a->G * (size_t)E;
+        const float *v = a->v + (size_t)(keys->row + j) * ldv + (size_t)item->g * (size_t)E;
+        if (width != E) {
+            for (int i = 0; i < n; i++) {
+                memcpy(s->v + (size_t)i * (size_t)width, v + (size_t)i * ldv, (size_t)E * sizeof(float));
+                memset(s->v + (size_t)i * (size_t)width + E, 0, (size_t)(width - E) * sizeof(float));
+            }
+            v = s->v;
+            ldv = (size_t)width;
+        }
+        for (int c = 0; c < width; c += TILE_VECTORS * LANES) {
+            int nv = (width - c) / LANES < TILE_VECTORS ? (width - c) / LANES : TILE_VECTORS;
+            const float *column[TILE_VECTORS];
+            for (int b = 0; b < nv; b++) {
+                column[b] = v + c + b * LANES;
+            }
+            outer(rows, nv, s->score, KEY_TILE, column, ldv, n, s->o + c, width, true);
+        }
+    }
+}
+
+static void attend(const Attention *a, const AttentionItem *item, Scratch *s) {
+    const Run *run = &a->run[item->run];
+    int group = a->H / a->G, rows = item->n * group, E = a->E, width = (int)round_up((size_t)E, LANES);
+    float largest[QUERY_TILE], sum[QUERY_TILE];
+    for (int r = 0; r < rows; r++) {
+        size_t n = (size_t)(run->row + item->first + r / group), h = (size_t)(item->g * group + r % group);
+        const float *q = a->q + (n * (size_t)a->H + h) * (size_t)E;
+        for (int i = 0; i < E; i++) {
+            s->q[(size_t)r * (size_t)width + (size_t)i] = q[i] * a->scale;
+        }
+        largest[r] = -INFINITY;
+        sum[r] = 0;
+    }
+    memset(s->o, 0, (size_t)rows * (size_t)width * sizeof(float));
+    int chain[MAX_DEPTH], depth = 0;
+    for (int seg = run->seg; seg >= 0 && depth < MAX_DEPTH; seg = a->segment[seg].parent) {
+        chain[depth++] = seg;
+    }
+    while (depth > 0) {
+        attend_segment(a, item, s, chain[--depth], largest, sum);
+    }
+    for (int r = 0; r < rows; r++) {
+        size_t n = (size_t)(run->row + item->first + r / group), h = (size_t)(item->g * group + r % group);
+        float *out = a->out + (n * (size_t)a->H + h) * (size_t)E;
+        for (int i = 0; i < E; i++) {
+            out[i] = s->o[(size_t)r * (size_t)width + (size_t)i] / sum[r];
+        }
+    }
+}
+
+static void cpu_attention(Engine *e, Act *out, const Act *q, const Act *k, const Act *v, const Segment *segment,
+                          const Run *run, int n_runs, int H, int G, int E, float scale, int window) {
+    Cpu *cpu = e->scratch;
+    Attention a = {q, k, v, out, segment, run, H, G, E, window, scale};
+    int group = H / G, step = QUERY_TILE / group;
+    size_t head = round_up((size_t)E, LANES), n_items = 0;
+    for (int t = 0; t < e->threads; t++) {
+        Scratch *s = &cpu->thread[t];
+        s->q = grow(s->q, &s->head_room, (2 * QUERY_TILE + KEY_TILE) * head);
+        s->o = s->q + QUERY_TILE * head;
+        s->v = s->o + QUERY_TILE * head;
+    }
+    for (int r = 0; r < n_runs; r++) {
+        n_items += (size_t)((run[r].n + step - 1) / step) * (size_t)G;
+    }
+    if (n_items > cpu->item_room) {
+        free(cpu->item);
+        cpu->item = xmalloc(n_items * sizeof(AttentionItem));
+        cpu->item_room = n_items;
+    }
+    n_items = 0;
+    for (int r = 0; r < n_runs; r++) {
+        for (int first = 0; first < run[r].n; first += step) {
+            for (int g = 0; g < G; g++) {
+                int n = run[r].n - first < step ? run[r].n - first : step;
+                cpu->item[n_items++] = (AttentionItem){r, first, n, g};
+            }
+        }
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads)
+    for (size_t i = 0; i < n_items; i++) {
+        attend(&a, &cpu->item[i], &cpu->thread[omp_get_thread_num()]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ sampling */
+
+typedef struct {
+    float weight;
+    int id;
+} Candidate;
+
+/* Heavier first; among equals the lower id. */
+static int by_weight(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return x->weight != y->weight ? (x->weight < y->weight) - (x->weight > y->weight) : (x->id > y->id) - (x->id < y->id);
+}
+
+static int descending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+/* The k-th largest of n numbers (quickselect on a copy). */
+static float kth_largest(const float *x, int n, int k) {
+    float *copy = xmalloc((size_t)n * sizeof(float));
+    memcpy(copy, x, (size_t)n * sizeof(float));
+    int from = 0, to = n;
+    while (to - from > 32) {
+        float pivot = copy[from + (to - from) / 2];
+        int i = from, j = to - 1;
+        while (i <= j) {
+            while (copy[i] > pivot) {
+                i++;
+            }
+            while (copy[j] < pivot) {
+                j--;
+            }
+            if (i <= j) {
+                float swap = copy[i];
+                copy[i++] = copy[j];
+                copy[j--] = swap;
+            }
+        }
+        if (k - 1 <= j) {
+            to = j + 1;
+        } else if (k - 1 >= i) {
+            from = i;
+        } else {
+            from = to = k - 1;
+        }
+    }
+    if (to > from) {
+        qsort(copy + from, (size_t)(to - from), sizeof(float), descending);
+    }
+    float result = copy[k - 1];
+    free(copy);
+    return result;
+}
+
+/* Zeroes the weights that top_p leaves out. */
+static void keep_top_p(float *weight, int V, float top_p) {
+    Candidate *sorted = xmalloc((size_t)V * sizeof(Candidate));
+    int n = 0;
+    double total = 0, kept = 0;
+    for (int i = 0; i < V; i++) {
+        if (weight[i] > 0) {
+            sorted[n++] = (Candidate){weight[i], i};
+            total += (double)weight[i];
+        }
+    }
+    qsort(sorted, (size_t)n, sizeof(Candidate), by_weight);
+    for (int i = 0; i < n; i++) {
+        if (i > 0 && kept >= (double)top_p * total) {
+            weight[sorted[i].id] = 0;
+        }
+        kept += (double)sorted[i].weight;
+    }
+    free(sorted);
+}
+
+static void sample_row(const float *logits, int V, float temperature, int top_k, float top_p, double uniform, int *token,
+                       float *logprob) {
+    int best = 0;
+    for (int i = 1; i < V; i++) {
+        if (logits[i] > logits[best]) {
+            best = i;
+        }
+    }
+    float inverse = temperature > 0 ? 1.0f / temperature : 1.0f, *weight = xmalloc(((size_t)V + LANES) * sizeof(float));
+    double total = 0;
+    for (int i = 0; i < V; i += LANES) {
+        Vec x = splat(-INFINITY);
+        memcpy(&x, logits + i, (size_t)(V - i < LANES ? V - i : LANES) * sizeof(float));
+        Vec w = vec_exp((x - logits[best]) * inverse);
+        store(weight + i, w);
+        total += (double)vec_sum(w);
+    }
+    *token = best;
+    if (temperature > 0) {
+        if (top_k > 0 && top_k < V) {
+            float border = kth_largest(logits, V, top_k);
+            for (int i = 0; i < V; i++) {
+                weight[i] = logits[i] >= border ? weight[i] : 0;
+            }
+        }
+        if (top_p < 1) {
+            keep_top_p(weight, V, top_p);
+        }
+        double kept = 0, so_far = 0;
+        for (int i = 0; i < V; i++) {
+            kept += (double)weight[i];
+        }
+        for (int i = 0; i < V; i++) {
+            so_far += (double)weight[i];
+            if (weight[i] > 0) {
+                *token = i; /* the last one with any weight, should rounding carry us past the end */
+                if (so_far > uniform * kept) {
+                    break;
+                }
+            }
+        }
+    }
+    if (logprob) {
+        *logprob = (logits[*token] - logits[best]) * inverse - (float)log(total);
+    }
+    free(weight);
+}
+
+static void cpu_sample(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
+                       float top_p, const double *uniform) {
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1)
+    for (int i = 0; i < n; i++) {
+        sample_row((const float *)logits + (size_t)i * (size_t)V, V, temperature, top_k, top_p, uniform ? uniform[i] : 0,
+                   &token[i], logprob ? &logprob[i] : NULL);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ the table */
+
+Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err);
+
+Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err) {
+#ifndef __AVX512BF16__
+    if (bf16_dot) {
+        fail(err, "this processor has no bf16 dot product (AVX512-BF16); run without --bf16");
+        return NULL;
+    }
+#endif
+    Engine *e = xcalloc(1, sizeof *e);
+    Cpu *cpu = xcalloc(1, sizeof *cpu);
+    *e = (Engine){
+        .name = bf16_dot ? "cpu " CPU_NAME " bf16" : "cpu " CPU_NAME,
+        .act_dtype = DT_F32,
+        .bf16_dot = bf16_dot,
+        .threads = threads,
+        .scratch = cpu,
+        .alloc = cpu_alloc,
+        .free = cpu_free,
+        .read = cpu_read,
+        .write = cpu_write,
+        .close = cpu_close,
+        .embed = cpu_embed,
+        .rmsnorm = cpu_rmsnorm,
+        .linear = cpu_linear,
+        .rope_qkv = cpu_rope_qkv,
+        .attention = cpu_attention,
+        .gated = cpu_gated,
+        .add = cpu_add,
+        .gather = cpu_gather,
+        .sample = cpu_sample,
+    };
+    cpu->thread = xcalloc((size_t)threads, sizeof(Scratch));
+    for (int t = 0; t < threads; t++) {
+        Scratch *s = &cpu->thread[t];
+        s->packed_x = aligned_floats((BLOCK_ROWS + TILE_ROWS) * (BLOCK_K + 32));
+        s->strip = aligned_floats(4 * (BLOCK_K + 32));
+        s->score = aligned_floats(QUERY_TILE * KEY_TILE);
+        if (!s->packed_x || !s->strip || !s->score) {
+            fail(err, "not enough memory for the CPU engine's working space of %d threads; use fewer with --threads", threads);
+            cpu_close(e);
+            return NULL;
+        }
+    }
+    return e;
+}

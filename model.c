@@ -1,0 +1,895 @@
+/* model.c - the transformer: configuration, weights, and one forward pass written once over the op table.
+ *
+ * Four families (llama, qwen2, qwen3, gemma3 text) differ only in what Config records: which norms, which biases, which
+ * gate, which window. There is no padding and no rectangle: a batch is a forest of segments (nla.h). Nothing here knows
+ * how an op is computed or on what.
+ */
+#include "nla.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include <stb/stb_ds.h>
+
+/* ------------------------------------------------------------------------------------------------ configuration */
+
+static const char *const family_names[] = {"llama", "qwen2", "qwen3", "gemma3_text"};
+
+/* One config.json being read: `node` is the object that describes the text model. */
+typedef struct {
+    const Json *json;
+    int node;
+    Err *err;
+    bool failed;
+} ConfigReader;
+
+static int config_value(const ConfigReader *r, const char *key) {
+    int value = json_get(r->json, r->node, key);
+    return json_type(r->json, value) == JSON_NULL ? -1 : value;
+}
+
+static void config_fail(ConfigReader *r, const char *key, const char *why) {
+    fail(r->err, "%s: %s %s", r->json->file, key, why);
+    r->failed = true;
+}
+
+/* An absent key or null takes the class default, as transformers does. */
+static int config_int(ConfigReader *r, const char *key, int otherwise, int most) {
+    int node = config_value(r, key);
+    int64_t value = otherwise;
+    if (node >= 0 && !json_int(r->json, node, &value)) {
+        config_fail(r, key, "is not a whole number");
+    } else if (value < 1 || value > most) {
+        fail(r->err, "%s: %s is %lld; this program takes 1 to %d", r->json->file, key, (long long)value, most);
+        r->failed = true;
+    }
+    return r->failed ? 1 : (int)value;
+}
+
+static double positive_number(ConfigReader *r, int object, const char *key, double otherwise) {
+    int node = json_get(r->json, object, key);
+    double value = otherwise;
+    if (node >= 0 && json_type(r->json, node) != JSON_NULL && !json_double(r->json, node, &value)) {
+        config_fail(r, key, "is not a number");
+    } else if (!(value > 0 && value < 1e30)) {
+        config_fail(r, key, "must be a positive number");
+    }
+    return r->failed ? 1 : value;
+}
+
+static bool config_flag(ConfigReader *r, const char *key, bool otherwise) {
+    int node = config_value(r, key);
+    bool value = otherwise;
+    if (node >= 0 && !json_bool(r->json, node, &value)) {
+        config_fail(r, key, "is not true or false");
+    }
+    return value;
+}
+
+/* What this program does not compute must be absent or null: silently leaving it out would give other numbers. */
+static void refuse(ConfigReader *r, const char *key, const char *what) {
+    int node = config_value(r, key);
+    bool flag = false;
+    if (node < 0 || (json_bool(r->json, node, &flag) && !flag)) {
+        return;
+    }
+    fail(r->err, "%s: %s: %s is not supported", r->json->file, key, what);
+    r->failed = true;
+}
+
+/* Reads one RoPE description: {rope_type|type, factor, ...}; `object` -1 means unscaled. */
+static void read_rope(ConfigReader *r, int object, Rope *rope) {
+    rope->linear_factor = 1;
+    int type = json_get(r->json, object, "rope_type");
+    type = type < 0 ? json_get(r->json, object, "type") : type;
+    if (type < 0 || json_is(r->json, type, "default")) {
+        return;
+    }
+    if (json_is(r->json, type, "linear")) {
+        rope->linear_factor = positive_number(r, object, "factor", 1);
+    } else if (json_is(r->json, type, "llama3")) {
+        rope->llama3 = true;
+        rope->factor = positive_number(r, object, "factor", 0);
+        rope->low_freq_factor = positive_number(r, object, "low_freq_factor", 0);
+        rope->high_freq_factor = positive_number(r, object, "high_freq_factor", 0);
+        rope->original_max_positions = positive_number(r, object, "original_max_position_embeddings", 0);
+        if (!r->failed && rope->high_freq_factor <= rope->low_freq_factor) {
+            config_fail(r, "high_freq_factor", "must be larger than low_freq_factor");
+        }
+    } else {
+        config_fail(r, "rope_type", "is none of default, linear, llama3; other scalings are not supported");
+    }
+}
+
+/* Both spellings: `rope_parameters` (for Gemma one object per layer type), or rope_theta + rope_scaling
+ * (+ rope_local_base_freq). Gemma's local layers are never scaled. */
+static void read_ropes(ConfigReader *r, Config *c) {
+    bool gemma = c->family == FAMILY_GEMMA3;
+    double theta = gemma ? 1e6 : 1e4;
+    int both = config_value(r, "rope_parameters"), global = both, local = -1;
+    if (json_type(r->json, json_get(r->json, both, "full_attention")) == JSON_OBJECT) {
+        global = json_get(r->json, both, "full_attention");
+        local = json_get(r->json, both, "sliding_attention");
+    }
+    if (global >= 0) {
+        c->rope[0].theta = positive_number(r, global, "rope_theta", positive_number(r, r->node, "rope_theta", theta));
+        read_rope(r, global, &c->rope[0]);
+    } else {
+        c->rope[0].theta = positive_number(r, r->node, "rope_theta", theta);
+        read_rope(r, config_value(r, "rope_scaling"), &c->rope[0]);
+    }
+    c->rope[1].theta = positive_number(r, r->node, "rope_local_base_freq", 1e4);
+    c->rope[1].linear_factor = 1;
+    if (local >= 0) {
+        c->rope[1].theta = positive_number(r, local, "rope_theta", 1e4);
+        read_rope(r, local, &c->rope[1]);
+    }
+}
+
+/* Which layers see a window only. */
+static void read_layer_kinds(ConfigReader *r, Config *c) {
+    bool gemma = c->family == FAMILY_GEMMA3, qwen = c->family == FAMILY_QWEN2 || c->family == FAMILY_QWEN3;
+    bool windows = gemma || (qwen && config_flag(r, "use_sliding_window", false));
+    int window = windows ? config_int(r, "sliding_window", 4096, 1 << 30) : 0;
+    int pattern = gemma ? config_int(r, "sliding_window_pattern", config_int(r, "_sliding_window_pattern", 6, 1024), 1024) : 0;
+    int full_layers = 0;
+    if (qwen && windows) { /* 0 is meaningful here: all layers slide */
+        int64_t n = 28;
+        int node = config_value(r, "max_window_layers");
+        if (node >= 0 && (!json_int(r->json, node, &n) || n < 0 || n > 1024)) {
+            config_fail(r, "max_window_layers", "is not a number of layers");
+        }
+        full_layers = (int)n;
+    }
+    int types = config_value(r, "layer_types");
+    if (types >= 0 && json_size(r->json, types) != c->n_layers) {
+        fail(r->err, "%s: layer_types lists %d layers, num_hidden_layers says %d", r->json->file,
+             json_size(r->json, types), c->n_layers);
+        r->failed = true;
+        return;
+    }
+    c->layer = xcalloc((size_t)c->n_layers, sizeof(LayerKind));
+    int type = json_first(r->json, types);
+    for (int i = 0; i < c->n_layers; i++) {
+        bool sliding = gemma ? (i + 1) % pattern != 0 : windows && i >= full_layers;
+        if (types >= 0) {
+            sliding = json_is(r->json, type, "sliding_attention");
+            if (!sliding && !json_is(r->json, type, "full_attention")) {
+                config_fail(r, "layer_types", "holds a type that is neither full_attention nor sliding_attention");
+                return;
+            }
+            type = json_next(r->json, type);
+        }
+        if (sliding && window == 0) {
+            config_fail(r, "layer_types", "names sliding layers, but this family has no sliding_window in use");
+            return;
+        }
+        c->layer[i] = (LayerKind){.window = sliding ? window : 0, .rope = gemma && sliding};
+    }
+}
+
+static void read_eos(const Json *json, int node, Config *c) {
+    int list = json_get(json, node, "eos_token_id");
+    int item = json_type(json, list) == JSON_ARRAY ? json_first(json, list) : list;
+    while (item >= 0) {
+        int64_t id;
+        if (json_int(json, item, &id) && id >= 0 && id < INT32_MAX) {
+            arrput(c->eos, (int)id);
+        }
+        item = item == list ? -1 : json_next(json, item);
+    }
+}
+
+static int read_family(ConfigReader *r, Config *c) {
+    int type = json_get(r->json, r->node, "model_type");
+    for (int i = 0; i < 4; i++) {
+        if (json_is(r->json, type, family_names[i])) {
+            c->family = (Family)i;
+            c->model_type = xstrdup(family_names[i]);
+            return 0;
+        }
+    }
+    char *name = json_string(r->json, type, NULL);
+    fail(r->err, "%s: model_type is %s%s; supported are llama, qwen2, qwen3, gemma3, gemma3_text", r->json->file,
+         name ? name : "missing", name ? "" : " or not a string");
+    free(name);
+    return -1;
+}
+
+/* The sizes, with each class's defaults. */
+static void read_sizes(ConfigReader *r, Config *c) {
+    static const struct {
+        int vocab, hidden, ff, layers, heads, kv_heads, head_dim, positions;
+    } defaults[] = {
+        [FAMILY_LLAMA] = {32000, 4096, 11008, 32, 32, 0, 0, 2048},
+        [FAMILY_QWEN2] = {151936, 4096, 22016, 32, 32, 32, 0, 32768},
+        [FAMILY_QWEN3] = {151936, 4096, 22016, 32, 32, 32, 128, 32768},
+        [FAMILY_GEMMA3] = {262208, 2304, 9216, 26, 8, 4, 256, 131072},
+    };
+    c->vocab_size = config_int(r, "vocab_size", defaults[c->family].vocab, 1 << 24);
+    c->hidden_size = config_int(r, "hidden_size", defaults[c->family].hidden, 1 << 16);
+    c->ff_size = config_int(r, "intermediate_size", defaults[c->family].ff, 1 << 20);
+    c->n_layers = config_int(r, "num_hidden_layers", defaults[c->family].layers, 1024);
+    c->n_heads = config_int(r, "num_attention_heads", defaults[c->family].heads, 1024);
+    int kv = defaults[c->family].kv_heads;
+    c->n_kv_heads = config_int(r, "num_key_value_heads", kv ? kv : c->n_heads, 1024);
+    int width = defaults[c->family].head_dim;
+    c->head_dim = config_int(r, "head_dim", width ? width : c->hidden_size / c->n_heads, 1024);
+    c->max_positions = config_int(r, "max_position_embeddings", defaults[c->family].positions, 1 << 30);
+    c->rms_norm_eps = (float)positive_number(r, r->node, "rms_norm_eps", 1e-6);
+    if (r->failed) {
+        return;
+    }
+    if (c->n_heads % c->n_kv_heads != 0) {
+        config_fail(r, "num_attention_heads", "is not a multiple of num_key_value_heads");
+    } else if (c->n_heads / c->n_kv_heads > 64) {
+        config_fail(r, "num_attention_heads", "is more than 64 times num_key_value_heads");
+    } else if (c->head_dim % 2 != 0) {
+        config_fail(r, "head_dim", "is odd; RoPE turns pairs");
+    }
+}
+
+static void read_details(ConfigReader *r, Config *c) {
+    bool gemma = c->family == FAMILY_GEMMA3;
+    c->embed_scale = gemma ? sqrtf((float)c->hidden_size) : 1;
+    double scalar = gemma ? positive_number(r, r->node, "query_pre_attn_scalar", 256) : c->head_dim;
+    c->attn_scale = (float)(1 / sqrt(scalar));
+    bool attention_bias = config_flag(r, "attention_bias", false);
+    if (c->family == FAMILY_QWEN2) { /* the class has them, whatever the file says */
+        c->qkv_bias = true;
+    } else {
+        c->qkv_bias = c->o_bias = attention_bias;
+    }
+    c->mlp_bias = c->family == FAMILY_LLAMA && config_flag(r, "mlp_bias", false);
+    c->qk_norm = c->family == FAMILY_QWEN3 || gemma;
+    c->norm_plus_one = c->post_norms = c->gelu = gemma;
+    int activation = config_value(r, gemma ? "hidden_activation" : "hidden_act");
+    if (activation >= 0 && !json_is(r->json, activation, gemma ? "gelu_pytorch_tanh" : "silu")) {
+        config_fail(r, gemma ? "hidden_activation" : "hidden_act",
+                    gemma ? "is not gelu_pytorch_tanh, the only one this family has" : "is not silu, the only one this family has");
+    }
+    refuse(r, "attn_logit_softcapping", "soft-capping of attention");
+    refuse(r, "final_logit_softcapping", "soft-capping of logits");
+    refuse(r, "use_bidirectional_attention", "attention to later tokens");
+    refuse(r, "quantization_config", "a quantised checkpoint (dequantise it first)");
+    int partial = config_value(r, "partial_rotary_factor");
+    double factor = 1;
+    if (partial >= 0 && (!json_double(r->json, partial, &factor) || factor != 1)) {
+        config_fail(r, "partial_rotary_factor", "other than 1 is not supported");
+    }
+}
+
+int config_parse(Config *c, const char *text, size_t len, const char *file, Err *err) {
+    *c = (Config){0};
+    Json json;
+    if (json_parse(&json, text, len, file, err) != 0) {
+        return -1;
+    }
+    ConfigReader r = {&json, 0, err, false};
+    if (json_type(&json, 0) != JSON_OBJECT) {
+        r.failed = true;
+        fail(err, "%s: is not a JSON object", file);
+    }
+    bool tied_outside = json_is(&json, json_get(&json, 0, "model_type"), "gemma3");
+    if (tied_outside) { /* Gemma3ForConditionalGeneration: the text model's configuration is inside */
+        c->tied = config_flag(&r, "tie_word_embeddings", true);
+        read_eos(&json, 0, c);
+        int inside = json_get(&json, 0, "text_config");
+        r.node = inside;
+        if (json_type(&json, inside) != JSON_OBJECT) {
+            config_fail(&r, "text_config", "is missing (model_type gemma3 is a wrapper around it)");
+        } else {
+            c->family = FAMILY_GEMMA3;
+            c->model_type = xstrdup("gemma3_text");
+        }
+    } else if (!r.failed) {
+        r.failed = read_family(&r, c) != 0;
+    }
+    if (!r.failed) {
+        read_sizes(&r, c);
+    }
+    if (!r.failed) {
+        c->tied = config_flag(&r, "tie_word_embeddings", tied_outside ? c->tied : c->family == FAMILY_GEMMA3);
+        read_details(&r, c);
+        read_ropes(&r, c);
+    }
+    if (!r.failed) {
+        read_layer_kinds(&r, c);
+        read_eos(&json, r.node, c);
+    }
+    json_free(&json);
+    if (r.failed) {
+        config_free(c);
+        return -1;
+    }
+    return 0;
+}
+
+static bool is_file(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+/* generation_config.json may name more end tokens (Llama 3.1: three of them). */
+static int read_generation_config(Config *c, const char *dir, Err *err) {
+    char *path = xprintf("%s/generation_config.json", dir);
+    File file;
+    Json json;
+    int status = 0;
+    if (is_file(path)) {
+        status = file_map(&file, path, err);
+        if (status == 0) {
+            status = json_parse(&json, file.data, file.len, path, err);
+            if (status == 0) {
+                read_eos(&json, 0, c);
+                json_free(&json);
+            }
+            file_unmap(&file);
+        }
+    }
+    free(path);
+    return status;
+}
+
+int config_load(Config *c, const char *dir, Err *err) {
+    *c = (Config){0};
+    char *path = xprintf("%s/config.json", dir);
+    File file;
+    int status = file_map(&file, path, err);
+    if (status == 0) {
+        status = config_parse(c, file.data, file.len, path, err);
+        file_unmap(&file);
+    }
+    free(path);
+    if (status == 0 && read_generation_config(c, dir, err) != 0) {
+        config_free(c);
+        return -1;
+    }
+    return status;
+}
+
+void config_free(Config *c) {
+    free(c->model_type);
+    free(c->layer);
+    arrfree(c->eos);
+    *c = (Config){0};
+}
+
+/* ------------------------------------------------------------------------------------------------ the CPU engine's builds */
+
+Engine *cpu_engine_any(int threads, bool bf16_dot, Err *err);
+Engine *cpu_engine_avx2(int threads, bool bf16_dot, Err *err);
+Engine *cpu_engine_avx512(int threads, bool bf16_dot, Err *err);
+Engine *cpu_engine_avx512bf16(int threads, bool bf16_dot, Err *err);
+
+Engine *engine_open(int threads, bool bf16_dot, Err *err) {
+    threads = threads > 0 ? threads : omp_get_max_threads();
+#ifndef NLA_ONLY_ANY
+    const char *most = getenv("NLA_CPU");
+    int level = !most ? 3 : strcmp(most, "any") == 0 ? 0 : strcmp(most, "avx2") == 0 ? 1 : strcmp(most, "avx512") == 0 ? 2 : -1;
+    if (level < 0) {
+        fail(err, "NLA_CPU is '%s'; it takes any, avx2 or avx512", most);
+        return NULL;
+    }
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (level >= 3 && avx512 && __builtin_cpu_supports("avx512bf16")) {
+        return cpu_engine_avx512bf16(threads, bf16_dot, err);
+    }
+    if (level >= 2 && avx512) {
+        return cpu_engine_avx512(threads, bf16_dot, err);
+    }
+    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return cpu_engine_avx2(threads, bf16_dot, err);
+    }
+#endif
+    return cpu_engine_any(threads, bf16_dot, err);
+}
+
+/* ------------------------------------------------------------------------------------------------ weights */
+
+typedef struct {
+    Model *model;
+    const char *prefix; /* "model." or a wrapper's */
+    bool *used;         /* [tensors in the files] */
+    Err *err;
+} Loader;
+
+/* The text model's tensors stand under one of these. */
+static const char *const prefixes[] = {"model.", "language_model.model.", "model.language_model.", ""};
+
+static int find_prefix(Loader *l) {
+    for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++) {
+        char *name = xprintf("%sembed_tokens.weight", prefixes[i]);
+        bool found = safetensors_find(&l->model->files, name) != NULL;
+        free(name);
+        if (found && l->prefix) {
+            return fail(l->err, "%s: holds two text models, under '%s' and under '%s'", l->model->dir, l->prefix, prefixes[i]);
+        }
+        l->prefix = found ? prefixes[i] : l->prefix;
+    }
+    if (!l->prefix) {
+        return fail(l->err, "%s: no tensor model.embed_tokens.weight (nor under the prefix of a known wrapper)", l->model->dir);
+    }
+    return 0;
+}
+
+/* Finds prefix + name and checks it: [rows], or [rows, cols] when cols > 0. */
+static int take(Loader *l, Tensor *out, const char *prefix, const char *name, int rows, int cols) {
+    char *full = xprintf("%s%s", prefix, name);
+    const Tensor *t = safetensors_find(&l->model->files, full);
+    int status = -1;
+    if (!t) {
+        fail(l->err, "%s: tensor %s is missing", l->model->dir, full);
+    } else if (t->dtype != DT_F32 && t->dtype != DT_BF16 && t->dtype != DT_F16) {
+        fail(l->err, "%s: tensor %s has dtype %s; weights are F32, BF16 or F16", l->model->dir, full, dtype_name(t->dtype));
+    } else if (t->n_dims != (cols ? 2 : 1) || t->shape[0] != rows || (cols && t->shape[1] != cols)) {
+        char want[32], have[32 * MAX_DIMS] = "";
+        snprintf(want, sizeof want, cols ? "%d x %d" : "%d", rows, cols);
+        for (int i = 0; i < t->n_dims; i++) {
+            size_t at = strlen(have);
+            snprintf(have + at, sizeof have - at, "%s%lld", i ? " x " : "", (long long)t->shape[i]);
+        }
+        fail(l->err, "%s: tensor %s is [%s], config.json makes it [%s]", l->model->dir, full, have, want);
+    } else {
+        l->used[t - l->model->files.tensor] = true;
+        *out = *t;
+        status = 0;
+    }
+    free(full);
+    return status;
+}
+
+/* One matrix more on a stack, with its bias when there is one. `name` is without ".weight". */
+static int take_linear(Loader *l, Linear *linear, const char *prefix, const char *name, int out, int in, bool bias) {
+    char *weight = xprintf("%s.weight", name), *b = xprintf("%s.bias", name);
+    int status = take(l, &linear->w[linear->n], prefix, weight, out, in);
+    if (status == 0 && bias) {
+        status = take(l, &linear->b[linear->n], prefix, b, out, 0);
+    }
+    free(weight);
+    free(b);
+    linear->n++;
+    linear->in = in;
+    linear->out += out;
+    return status;
+}
+
+static int load_block(Loader *l, int layer) {
+    const Config *c = &l->model->config;
+    Block *b = &l->model->block[layer];
+    int D = c->hidden_size, E = c->head_dim, Q = c->n_heads * E, KV = c->n_kv_heads * E, F = c->ff_size;
+    char *prefix = xprintf("%slayers.%d.", l->prefix, layer);
+    bool bad = take(l, &b->attn_in_norm, prefix, "input_layernorm.weight", D, 0) != 0 ||
+               take_linear(l, &b->qkv, prefix, "self_attn.q_proj", Q, D, c->qkv_bias) != 0 ||
+               take_linear(l, &b->qkv, prefix, "self_attn.k_proj", KV, D, c->qkv_bias) != 0 ||
+               take_linear(l, &b->qkv, prefix, "self_attn.v_proj", KV, D, c->qkv_bias) != 0 ||
+               take_linear(l, &b->o, prefix, "self_attn.o_proj", D, Q, c->o_bias) != 0 ||
+               take_linear(l, &b->gate_up, prefix, "mlp.gate_proj", F, D, c->mlp_bias) != 0 ||
+               take_linear(l, &b->gate_up, prefix, "mlp.up_proj", F, D, c->mlp_bias) != 0 ||
+               take_linear(l, &b->down, prefix, "mlp.down_proj", D, F, c->mlp_bias) != 0;
+    if (!bad && c->qk_norm) {
+        bad = take(l, &b->q_norm, prefix, "self_attn.q_norm.weight", E, 0) != 0 ||
+              take(l, &b->k_norm, prefix, "self_attn.k_norm.weight", E, 0) != 0;
+    }
+    if (!bad && c->post_norms) {
+        bad = take(l, &b->attn_out_norm, prefix, "post_attention_layernorm.weight", D, 0) != 0 ||
+              take(l, &b->mlp_in_norm, prefix, "pre_feedforward_layernorm.weight", D, 0) != 0 ||
+              take(l, &b->mlp_out_norm, prefix, "post_feedforward_layernorm.weight", D, 0) != 0;
+    } else if (!bad) {
+        bad = take(l, &b->mlp_in_norm, prefix, "post_attention_layernorm.weight", D, 0) != 0;
+    }
+    free(prefix);
+    return bad ? -1 : 0;
+}
+
+/* The final norm and lm_head are absent from an AR; when lm_head is tied a stored copy is ignored, as in transformers. */
+static int load_head(Loader *l) {
+    Model *m = l->model;
+    const Config *c = &m->config;
+    char *norm = xprintf("%snorm.weight", l->prefix);
+    bool has_norm = safetensors_find(&m->files, norm) != NULL;
+    free(norm);
+    if (has_norm && take(l, &m->final_norm, l->prefix, "norm.weight", c->hidden_size, 0) != 0) {
+        return -1;
+    }
+    if (c->tied) {
+        m->lm_head = (Linear){.n = 1, .w = {m->embed}, .in = c->hidden_size, .out = c->vocab_size};
+        return 0;
+    }
+    const char *const heads[] = {"", "language_model."};
+    for (int i = 0; i < 2 && has_norm; i++) {
+        char *name = xprintf("%slm_head.weight", heads[i]);
+        bool found = safetensors_find(&m->files, name) != NULL;
+        free(name);
+        if (found) {
+            return take_linear(l, &m->lm_head, heads[i], "lm_head", c->vocab_size, c->hidden_size, false);
+        }
+    }
+    return 0;
+}
+
+/* A tensor of the text model that nothing asked for means that config.json describes another model (a bias it does not
+ * mention, more layers than it counts): the numbers would be silently wrong. */
+static int refuse_leftovers(Loader *l) {
+    size_t n = strlen(l->prefix);
+    for (int i = 0; i < (int)arrlen(l->model->files.tensor); i++) {
+        const char *name = l->model->files.tensor[i].name;
+        if (l->used[i] || strncmp(name, l->prefix, n) != 0 || strncmp(name + n, "layers.", 7) != 0 ||
+            strstr(name, ".rotary_emb.")) {
+            continue;
+        }
+        return fail(l->err, "%s: tensor %s has no place in the %s model of %d layers that config.json describes",
+                    l->model->dir, name, l->model->config.model_type, l->model->config.n_layers);
+    }
+    return 0;
+}
+
+static int load_weights(Model *m, Err *err) {
+    if (safetensors_open(&m->files, m->dir, err) != 0) {
+        return -1;
+    }
+    Loader l = {.model = m, .err = err, .used = xcalloc((size_t)arrlen(m->files.tensor) + 1, 1)};
+    m->block = xcalloc((size_t)m->config.n_layers, sizeof(Block));
+    int status = find_prefix(&l);
+    if (status == 0) {
+        status = take(&l, &m->embed, l.prefix, "embed_tokens.weight", m->config.vocab_size, m->config.hidden_size);
+    }
+    for (int i = 0; i < m->config.n_layers && status == 0; i++) {
+        status = load_block(&l, i);
+    }
+    if (status == 0) {
+        status = load_head(&l);
+    }
+    if (status == 0) {
+        status = refuse_leftovers(&l);
+    }
+    free(l.used);
+    return status;
+}
+
+int model_load(Model *m, const char *dir, Engine *engine, Err *err) {
+    *m = (Model){.engine = engine, .dir = xstrdup(dir)};
+    if (config_load(&m->config, dir, err) != 0 || load_weights(m, err) != 0) {
+        model_free(m);
+        return -1;
+    }
+    return 0;
+}
+
+void model_free(Model *m) {
+    free(m->block);
+    free(m->dir);
+    safetensors_close(&m->files);
+    config_free(&m->config);
+    *m = (Model){0};
+}
+
+static size_t elements(const Tensor *t) {
+    size_t n = t->data ? 1 : 0;
+    for (int i = 0; i < t->n_dims; i++) {
+        n *= (size_t)t->shape[i];
+    }
+    return n;
+}
+
+static size_t linear_elements(const Linear *w) {
+    size_t n = 0;
+    for (int i = 0; i < w->n; i++) {
+        n += elements(&w->w[i]) + elements(&w->b[i]);
+    }
+    return n;
+}
+
+size_t model_parameters(const Model *m) {
+    size_t n = elements(&m->embed) + elements(&m->final_norm) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
+    for (int i = 0; i < m->config.n_layers; i++) {
+        const Block *b = &m->block[i];
+        n += linear_elements(&b->qkv) + linear_elements(&b->o) + linear_elements(&b->gate_up) + linear_elements(&b->down);
+        n += elements(&b->attn_in_norm) + elements(&b->attn_out_norm) + elements(&b->mlp_in_norm) +
+             elements(&b->mlp_out_norm) + elements(&b->q_norm) + elements(&b->k_norm);
+    }
+    return n;
+}
+
+/* ------------------------------------------------------------------------------------------------ RoPE tables */
+
+/* inv_freq[i] = theta^(-2i/E), scaled. In fp32 where transformers works in fp32. Source: modeling_rope_utils.py */
+static float rope_frequency(const Rope *rope, int i, int E) {
+    float f = 1.0f / (float)pow(rope->theta, (double)((float)(2 * i) / (float)E));
+    if (rope->llama3) {
+        double length = 2 * 3.14159265358979323846 / (double)f;
+        double low = rope->original_max_positions / rope->low_freq_factor;
+        double high = rope->original_max_positions / rope->high_freq_factor;
+        if (length > low) {
+            return f / (float)rope->factor;
+        }
+        if (length >= high) {
+            float smooth = (float)((rope->original_max_positions / length - rope->low_freq_factor) /
+                                   (rope->high_freq_factor - rope->low_freq_factor));
+            return (1 - smooth) * (f / (float)rope->factor) + smooth * f;
+        }
+        return f;
+    }
+    return f / (float)rope->linear_factor;
+}
+
+static void fill_rope(const Rope *rope, float *cosines, float *sines, int positions, int E) {
+    int half = E / 2;
+    for (int i = 0; i < half; i++) {
+        float f = rope_frequency(rope, i, E);
+        for (int p = 0; p < positions; p++) {
+            float angle = f * (float)p;
+            cosines[(size_t)p * (size_t)half + (size_t)i] = (float)cos((double)angle);
+            sines[(size_t)p * (size_t)half + (size_t)i] = (float)sin((double)angle);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ the forest */
+
+/* Every buffer of a forest, in one list, so that what is planned is what is allocated. Returns bytes; allocates when
+ * `f` has an engine to do it (f->model), and stops at the first failure with *failed set. */
+static size_t forest_buffers(Forest *f, const Config *c, int blocks, int cache_rows, int max_rows, bool *failed) {
+    Engine *e = f && f->model ? f->model->engine : NULL;
+    size_t E = (size_t)c->head_dim, N = (size_t)max_rows, D = (size_t)c->hidden_size, F = (size_t)c->ff_size;
+    size_t Q = (size_t)c->n_heads * E, KV = (size_t)c->n_kv_heads * E, rows = (size_t)cache_rows, total = 0;
+    struct {
+        Act **place;
+        size_t count;
+    } work[] = {
+        {f ? &f->x : NULL, N * D},       {f ? &f->xn : NULL, N * D},          {f ? &f->qkv : NULL, N * (Q + 2 * KV)},
+        {f ? &f->q : NULL, N * Q},       {f ? &f->att : NULL, N * Q},         {f ? &f->proj : NULL, N * D},
+        {f ? &f->gate_up : NULL, N * 2 * F}, {f ? &f->gated : NULL, N * F},
+        {f ? &f->logits : NULL, (size_t)(max_rows < LOGIT_ROWS ? max_rows : LOGIT_ROWS) * (size_t)c->vocab_size},
+    };
+    for (size_t i = 0; i < sizeof work / sizeof *work + 2 * (size_t)blocks; i++) {
+        size_t n = sizeof work / sizeof *work;
+        size_t count = i < n ? work[i].count : rows * KV;
+        total += count * sizeof(float);
+        if (e && !*failed) {
+            Act **place = i < n ? work[i].place : (i - n) % 2 ? &f->v[(i - n) / 2] : &f->k[(i - n) / 2];
+            *place = e->alloc(e, count);
+            *failed = !*place;
+        }
+    }
+    return total + 2 * 2 * rows * (E / 2) * sizeof(float) + 2 * N * sizeof(int);
+}
+
+/* What forest_add can use of cache_rows is rounded to whole key blocks. */
+static int whole_blocks(int rows) {
+    return (rows + CACHE_ALIGN - 1) / CACHE_ALIGN * CACHE_ALIGN;
+}
+
+size_t forest_bytes(const Config *c, int blocks, int cache_rows, int max_rows) {
+    bool failed = false;
+    return forest_buffers(NULL, c, blocks, whole_blocks(cache_rows), max_rows, &failed);
+}
+
+int forest_open(Forest *f, Model *model, int blocks, int cache_rows, int max_rows, Err *err) {
+    const Config *c = &model->config;
+    cache_rows = whole_blocks(cache_rows);
+    *f = (Forest){.model = model, .blocks = blocks, .cache_rows = cache_rows, .max_rows = max_rows, .n_positions = cache_rows};
+    f->k = xcalloc((size_t)blocks + 1, sizeof(Act *));
+    f->v = xcalloc((size_t)blocks + 1, sizeof(Act *));
+    bool failed = false;
+    f->bytes = forest_buffers(f, c, blocks, cache_rows, max_rows, &failed);
+    if (failed) {
+        fail(err, "not enough memory: %.2f GB for %d cached and %d computed tokens; ask for fewer rows or shorter texts",
+             (double)f->bytes / 1e9, cache_rows, max_rows);
+        forest_close(f);
+        return -1;
+    }
+    size_t table = (size_t)cache_rows * (size_t)c->head_dim / 2;
+    for (int i = 0; i < 2; i++) {
+        f->cos[i] = xmalloc(table * sizeof(float));
+        f->sin[i] = xmalloc(table * sizeof(float));
+        fill_rope(&c->rope[i], f->cos[i], f->sin[i], cache_rows, c->head_dim);
+    }
+    f->position = xmalloc((size_t)max_rows * sizeof(int));
+    f->cache_row = xmalloc((size_t)max_rows * sizeof(int));
+    return 0;
+}
+
+void forest_close(Forest *f) {
+    if (!f->model) {
+        return;
+    }
+    Engine *e = f->model->engine;
+    Act *const work[] = {f->x, f->xn, f->qkv, f->q, f->att, f->proj, f->gate_up, f->gated, f->logits};
+    for (size_t i = 0; i < sizeof work / sizeof *work; i++) {
+        e->free(e, work[i]);
+    }
+    for (int i = 0; i < f->blocks; i++) {
+        e->free(e, f->k[i]);
+        e->free(e, f->v[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        free(f->cos[i]);
+        free(f->sin[i]);
+    }
+    free(f->k);
+    free(f->v);
+    free(f->position);
+    free(f->cache_row);
+    arrfree(f->segment);
+    *f = (Forest){0};
+}
+
+void forest_clear(Forest *f) {
+    arrsetlen(f->segment, 0);
+    f->used = 0;
+}
+
+int forest_add(Forest *f, int parent, int cap, Err *err) {
+    Segment s = {.parent = parent, .row = f->used, .cap = cap};
+    int depth = 1;
+    for (int p = parent; p >= 0; p = f->segment[p].parent) {
+        s.position += f->segment[p].len;
+        depth++;
+    }
+    if (cap < 1 || whole_blocks(cap) > f->cache_rows - f->used) {
+        return fail(err, "the key/value cache of %d tokens is full: %d are in use and %d more were asked for", f->cache_rows,
+                    f->used, cap);
+    }
+    if (depth > MAX_DEPTH) {
+        return fail(err, "a segment has more than %d ancestors", MAX_DEPTH - 1);
+    }
+    f->used += whole_blocks(cap);
+    arrput(f->segment, s);
+    return (int)arrlen(f->segment) - 1;
+}
+
+/* ------------------------------------------------------------------------------------------------ the batch */
+
+void batch_clear(Batch *b) {
+    arrsetlen(b->token, 0);
+    arrsetlen(b->run, 0);
+    arrsetlen(b->out_row, 0);
+}
+
+void batch_free(Batch *b) {
+    arrfree(b->token);
+    arrfree(b->run);
+    arrfree(b->out_row);
+}
+
+void batch_add(Batch *b, const Forest *f, int seg, const int *token, int n, int want_logits) {
+    int row = (int)arrlen(b->token), first = f->segment[seg].len;
+    for (int r = 0; r < (int)arrlen(b->run); r++) { /* tokens of this segment that this batch already holds */
+        first += b->run[r].seg == seg ? b->run[r].n : 0;
+    }
+    arrput(b->run, ((Run){.seg = seg, .row = row, .n = n, .first = first}));
+    for (int i = 0; i < n; i++) {
+        arrput(b->token, token[i]);
+        if (want_logits == 2 || (want_logits == 1 && i == n - 1)) {
+            arrput(b->out_row, row + i);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ the forward pass */
+
+static int check_batch(const Forest *f, const Batch *b, const LogitSink *logits, Err *err) {
+    const Model *m = f->model;
+    int N = (int)arrlen(b->token);
+    if (N > f->max_rows) {
+        return fail(err, "a batch of %d tokens does not fit into working memory for %d", N, f->max_rows);
+    }
+    for (int i = 0; i < N; i++) {
+        if (b->token[i] < 0 || b->token[i] >= m->config.vocab_size) {
+            return fail(err, "%s: token id %d is outside the vocabulary of %d (does the tokenizer belong to this model?)",
+                        m->dir, b->token[i], m->config.vocab_size);
+        }
+    }
+    for (int r = 0; r < (int)arrlen(b->run); r++) {
+        const Segment *s = &f->segment[b->run[r].seg];
+        if (b->run[r].first + b->run[r].n > s->cap) {
+            return fail(err, "segment %d has room for %d tokens, %d were given", b->run[r].seg, s->cap,
+                        b->run[r].first + b->run[r].n);
+        }
+    }
+    if (logits && (m->lm_head.n == 0 || !m->final_norm.data)) {
+        return fail(err, "%s: has no %s, so it gives no logits (an AR has none)", m->dir,
+                    m->final_norm.data ? "lm_head.weight" : "final norm");
+    }
+    return 0;
+}
+
+/* Appends the tokens to their segments and works out each row's position and place in the cache. A child's position was
+ * fixed when it was added; it is taken anew here, as its parent may stand in the same batch. */
+static void place_rows(Forest *f, const Batch *b) {
+    for (int r = 0; r < (int)arrlen(b->run); r++) {
+        const Run *run = &b->run[r];
+        Segment *s = &f->segment[run->seg];
+        if (s->parent >= 0) {
+            s->position = f->segment[s->parent].position + f->segment[s->parent].len;
+        }
+        for (int i = 0; i < run->n; i++) {
+            f->position[run->row + i] = s->position + run->first + i;
+            f->cache_row[run->row + i] = s->row + run->first + i;
+        }
+        s->len = run->first + run->n;
+    }
+}
+
+static void seen(const Tap *tap, Engine *e, const char *module, int layer, const Act *data, int first, int rows, int width) {
+    if (tap && tap->seen) {
+        tap->seen(tap->context, e, module, layer, data, first, rows, width);
+    }
+}
+
+/* x += attention(norm(x)); x += mlp(norm(x)). Gemma norms both results once more before adding them. */
+static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) {
+    const Model *m = f->model;
+    const Config *c = &m->config;
+    const Block *w = &m->block[layer];
+    const LayerKind *kind = &c->layer[layer];
+    Engine *e = m->engine;
+    int N = (int)arrlen(b->token), D = c->hidden_size, H = c->n_heads, G = c->n_kv_heads, E = c->head_dim;
+    int one = c->norm_plus_one;
+    float eps = c->rms_norm_eps;
+
+    e->rmsnorm(e, f->xn, f->x, &w->attn_in_norm, N, D, eps, one);
+    e->linear(e, f->qkv, f->xn, &w->qkv, N);
+    e->rope_qkv(e, f->q, f->k[layer], f->v[layer], f->qkv, c->qk_norm ? &w->q_norm : NULL, c->qk_norm ? &w->k_norm : NULL,
+                eps, one, f->cos[kind->rope], f->sin[kind->rope], f->position, f->cache_row, N, H, G, E);
+    e->attention(e, f->att, f->q, f->k[layer], f->v[layer], f->segment, b->run, (int)arrlen(b->run), H, G, E,
+                 c->attn_scale, kind->window);
+    e->linear(e, f->proj, f->att, &w->o, N);
+    seen(tap, e, "self_attn", layer, f->proj, 0, N, D);
+    if (c->post_norms) {
+        e->rmsnorm(e, f->proj, f->proj, &w->attn_out_norm, N, D, eps, one);
+    }
+    e->add(e, f->x, f->proj, (size_t)N * (size_t)D);
+
+    e->rmsnorm(e, f->xn, f->x, &w->mlp_in_norm, N, D, eps, one);
+    e->linear(e, f->gate_up, f->xn, &w->gate_up, N);
+    e->gated(e, f->gated, f->gate_up, N, c->ff_size, c->gelu);
+    e->linear(e, f->proj, f->gated, &w->down, N);
+    seen(tap, e, "mlp", layer, f->proj, 0, N, D);
+    if (c->post_norms) {
+        e->rmsnorm(e, f->proj, f->proj, &w->mlp_out_norm, N, D, eps, one);
+    }
+    e->add(e, f->x, f->proj, (size_t)N * (size_t)D);
+    seen(tap, e, "", layer, f->x, 0, N, D);
+}
+
+/* Final norm and lm_head of the wanted rows, LOGIT_ROWS at a time. */
+static void forward_logits(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap) {
+    const Model *m = f->model;
+    const Config *c = &m->config;
+    Engine *e = m->engine;
+    int D = c->hidden_size, wanted = (int)arrlen(b->out_row);
+    for (int first = 0; first < wanted; first += LOGIT_ROWS) {
+        int n = wanted - first < LOGIT_ROWS ? wanted - first : LOGIT_ROWS;
+        e->gather(e, f->xn, f->x, b->out_row + first, n, D);
+        e->rmsnorm(e, f->xn, f->xn, &m->final_norm, n, D, c->rms_norm_eps, c->norm_plus_one);
+        seen(tap, e, "model.norm", -1, f->xn, first, n, D);
+        e->linear(e, f->logits, f->xn, &m->lm_head, n);
+        seen(tap, e, "lm_head", -1, f->logits, first, n, c->vocab_size);
+        logits->rows(logits->context, e, f->logits, first, n);
+    }
+}
+
+int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap, Err *err) {
+    const Model *m = f->model;
+    Engine *e = m->engine;
+    int N = (int)arrlen(b->token), D = m->config.hidden_size;
+    if (check_batch(f, b, logits, err) != 0) {
+        return -1;
+    }
+    place_rows(f, b);
+    e->embed(e, f->x, &m->embed, b->token, N, D, m->config.embed_scale);
+    seen(tap, e, "model.embed_tokens", -1, f->x, 0, N, D);
+    for (int layer = 0; layer < f->blocks; layer++) {
+        forward_block(f, b, layer, tap);
+    }
+    if (logits) {
+        forward_logits(f, b, logits, tap);
+    }
+    return 0;
+}

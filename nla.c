@@ -1,0 +1,1492 @@
+/* nla.c - the program: commands and what they share. Reading an activation and turning text into one are built here from
+ * the model (model.c), the tokenizer (tokenizer.c) and the files (safetensors.c, data.c); this is the only file that
+ * prints or exits.
+ *
+ * Order: command line; loading; decoding; one section a command; the command table; main.
+ */
+#include "nla.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <stb/stb_ds.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+/* ------------------------------------------------------------------------------------------------ command line */
+
+typedef struct {
+    const char *command;
+    const char **argument; /* stb: what is not an option */
+    /* one field an option */
+    const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape;
+    int threads, samples, max_tokens, top_k, max_length, batch, repeat;
+    int64_t seed;
+    double temperature, top_p;
+    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors;
+} Settings;
+
+typedef enum { FLAG, COUNT, SEED, NUMBER, TEXT } OptionKind;
+
+typedef struct {
+    const char *name, *value; /* value: how help calls it */
+    OptionKind kind;
+    size_t place; /* offset in Settings */
+    double least, most;
+    const char *help;
+} Option;
+
+#define AT(field) offsetof(Settings, field)
+
+static const Option common_options[] = {
+    {"device", "cpu|cuda", TEXT, AT(device), 0, 0, "engine to compute on (default: cpu)"},
+    {"threads", "N", COUNT, AT(threads), 0, 4096, "threads of the CPU engine (default: all)"},
+    {"bf16", NULL, FLAG, AT(bf16), 0, 0, "round the inputs of matrix products to bf16 (AVX512-BF16 processors)"},
+    {"seed", "N", SEED, AT(seed), 0, 0, "of everything random (default: 0)"},
+    {"json", NULL, FLAG, AT(json), 0, 0, "results as JSON, one object or array a line"},
+    {"quiet", NULL, FLAG, AT(quiet), 0, 0, "no progress or timing on stderr"},
+    {0},
+};
+
+typedef struct {
+    const char *name, *usage, *summary, *details;
+    int (*run)(const Settings *s, Err *err);
+    int least, most; /* arguments */
+    Option option[16];
+} Command;
+
+static const Command commands[];
+
+/* Edits (insert, delete, replace) that turn a into b; for "did you mean". */
+static int edit_distance(const char *a, const char *b) {
+    int n = (int)strlen(b), row[64];
+    if (n > 63) {
+        return 64;
+    }
+    for (int j = 0; j <= n; j++) {
+        row[j] = j;
+    }
+    for (int i = 1; a[i - 1]; i++) {
+        int corner = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int replace = corner + (a[i - 1] != b[j - 1]);
+            corner = row[j];
+            int other = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            row[j] = replace < other ? replace : other;
+        }
+    }
+    return row[n];
+}
+
+static const Command *find_command(const char *name) {
+    for (const Command *c = commands; c->name; c++) {
+        if (strcmp(c->name, name) == 0) {
+            return c;
+        }
+    }
+    return NULL;
+}
+
+/* The next option of a command: its own first, then the common ones. */
+static const Option *next_option(const Command *c, const Option *o) {
+    o = o ? o + 1 : c->option;
+    return o->name || o == &common_options[sizeof common_options / sizeof *common_options - 1] ? o : common_options;
+}
+
+static const Option *find_option(const Command *c, const char *name, size_t len) {
+    for (const Option *o = next_option(c, NULL); o->name; o = next_option(c, o)) {
+        if (strlen(o->name) == len && strncmp(o->name, name, len) == 0) {
+            return o;
+        }
+    }
+    return NULL;
+}
+
+static int unknown_option(const Command *c, const char *name, size_t len, Err *err) {
+    char *given = xstrndup(name, len);
+    const char *nearest = NULL;
+    int least = 3;
+    for (const Option *o = next_option(c, NULL); o->name; o = next_option(c, o)) {
+        int d = edit_distance(given, o->name);
+        if (d < least) {
+            least = d;
+            nearest = o->name;
+        }
+    }
+    fail(err, "unknown option --%s%s%s%s; see: nla help %s", given, nearest ? " (did you mean --" : "",
+         nearest ? nearest : "", nearest ? "?)" : "", c->name);
+    free(given);
+    return -1;
+}
+
+static int set_option(Settings *s, const Option *o, const char *value, Err *err) {
+    char *place = (char *)s + o->place, *end = NULL;
+    errno = 0;
+    if (o->kind == TEXT) {
+        *(const char **)(void *)place = value;
+    } else if (o->kind == SEED) {
+        long long n = strtoll(value, &end, 10);
+        if (*end || end == value || errno) {
+            return fail(err, "--%s takes a whole number, not '%s'", o->name, value);
+        }
+        *(int64_t *)(void *)place = n;
+    } else {
+        double n = strtod(value, &end);
+        if (*end || end == value || errno || !(n >= o->least && n <= o->most) || (o->kind == COUNT && n != floor(n))) {
+            return fail(err, "--%s takes a %s from %g to %g, not '%s'", o->name,
+                        o->kind == COUNT ? "whole number" : "number", o->least, o->most, value);
+        }
+        if (o->kind == COUNT) {
+            *(int *)(void *)place = (int)n;
+        } else {
+            *(double *)(void *)place = n;
+        }
+    }
+    return 0;
+}
+
+/* --name value, --name=value, --flag; "--" ends options; a lone "-" is an argument. */
+static int parse_options(Settings *s, const Command *c, int argc, char **argv, Err *err) {
+    for (int i = 2; i < argc; i++) {
+        const char *word = argv[i];
+        if (strcmp(word, "--") == 0) {
+            while (++i < argc) {
+                arrput(s->argument, argv[i]);
+            }
+            break;
+        }
+        if (word[0] != '-' || !word[1]) {
+            arrput(s->argument, word);
+            continue;
+        }
+        if (word[1] != '-') {
+            return fail(err, "unknown option %s (options start with two dashes; text that starts with a dash goes after --)",
+                        word);
+        }
+        const char *name = word + 2, *equals = strchr(name, '=');
+        size_t len = equals ? (size_t)(equals - name) : strlen(name);
+        const Option *o = find_option(c, name, len);
+        if (!o) {
+            return unknown_option(c, name, len, err);
+        }
+        if (o->kind == FLAG) {
+            if (equals) {
+                return fail(err, "--%s takes no value", o->name);
+            }
+            *((char *)s + o->place) = true;
+            continue;
+        }
+        if (!equals && i + 1 >= argc) {
+            return fail(err, "--%s needs a value: --%s %s", o->name, o->name, o->value);
+        }
+        if (set_option(s, o, equals ? equals + 1 : argv[++i], err) != 0) {
+            return -1;
+        }
+    }
+    int n = (int)arrlen(s->argument);
+    if (n < c->least || n > c->most) {
+        return fail(err, n < c->least ? "an argument is missing; usage: nla %s" : "too many arguments; usage: nla %s", c->usage);
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ shared by commands */
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Progress and timing, on stderr. */
+static void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void note(const Settings *s, const char *format, ...) {
+    if (!s->quiet) {
+        va_list args;
+        va_start(args, format);
+        vfprintf(stderr, format, args);
+        va_end(args);
+    }
+}
+
+static int need(const char *value, const char *option, const Settings *s, Err *err) {
+    return value ? 0 : fail(err, "--%s is needed; see: nla help %s", option, s->command);
+}
+
+/* What most commands work with. */
+typedef struct {
+    Engine *engine;
+    Model model;
+    Tokenizer *tok;
+} Loaded;
+
+static void unload(Loaded *l) {
+    model_free(&l->model);
+    tokenizer_free(l->tok);
+    if (l->engine) {
+        l->engine->close(l->engine);
+    }
+    *l = (Loaded){0};
+}
+
+static int open_engine(Engine **engine, const Settings *s, Err *err) {
+    if (s->device && strcmp(s->device, "cpu") != 0) {
+        return fail(err, strcmp(s->device, "cuda") == 0 ? "--device cuda: this build has the CPU engine only"
+                                                        : "--device takes cpu or cuda");
+    }
+    *engine = engine_open(s->threads, s->bf16, err);
+    return *engine ? 0 : -1;
+}
+
+/* The tokenizer is left out when all tokens are given as ids and none is printed. */
+static int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err) {
+    *l = (Loaded){0};
+    double start = now();
+    if (need(s->model, "model", s, err) != 0 || open_engine(&l->engine, s, err) != 0 ||
+        model_load(&l->model, s->model, l->engine, err) != 0) {
+        unload(l);
+        return -1;
+    }
+    double mapped = now();
+    if (tokenizer && !(l->tok = tokenizer_load(s->model, err))) {
+        unload(l);
+        return -1;
+    }
+    note(s, "%s: %.1f M parameters on %s, %d threads; weights mapped in %.3f s, tokenizer read in %.3f s\n", s->model,
+         (double)model_parameters(&l->model) / 1e6, l->engine->name, l->engine->threads, mapped - start, now() - mapped);
+    return 0;
+}
+
+/* All of stdin, NUL-terminated, to be freed. */
+static char *read_stdin(size_t *len, Err *err) {
+    char *text = NULL;
+    char chunk[65536];
+    size_t n;
+    while ((n = fread(chunk, 1, sizeof chunk, stdin)) > 0) {
+        memcpy(arraddnptr(text, n), chunk, n);
+    }
+    if (ferror(stdin)) {
+        arrfree(text);
+        fail(err, "cannot read standard input: %s", strerror(errno));
+        return NULL;
+    }
+    *len = (size_t)arrlen(text);
+    char *copy = xstrndup(*len ? text : "", *len);
+    arrfree(text);
+    return copy;
+}
+
+/* Text to ids: as it stands with the tokenizer's own special tokens, or as a user message through the chat template.
+ * The template's own special tokens suffice there: a second BOS would spoil Gemma. */
+static int encode_prompt(const Loaded *l, const Settings *s, const char *text, size_t len, int **ids, Err *err) {
+    if (!s->chat) {
+        return tokenizer_encode(l->tok, text, len, true, ids, err);
+    }
+    ChatMessage message[2];
+    int n = 0;
+    if (s->system) {
+        message[n++] = (ChatMessage){"system", s->system};
+    }
+    message[n++] = (ChatMessage){"user", text};
+    char *rendered = chat_render(l->tok, message, n, true, s->date, err);
+    int status = rendered ? tokenizer_encode(l->tok, rendered, strlen(rendered), false, ids, err) : -1;
+    free(rendered);
+    return status;
+}
+
+/* TEXT of the command line, or standard input for "-", as ids (stb). --ids gives them directly. */
+static int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err) {
+    if (s->ids) {
+        for (const char *p = s->ids; *p;) {
+            char *end;
+            long id = strtol(p, &end, 10);
+            if (end == p || (*end && *end != ',') || id < 0 || id > INT32_MAX) {
+                return fail(err, "--ids takes token ids separated by commas, not '%s'", s->ids);
+            }
+            arrput(*ids, (int)id);
+            p = *end ? end + 1 : end;
+        }
+    } else {
+        size_t len;
+        const char *given = arrlen(s->argument) ? s->argument[0] : "-";
+        char *text = strcmp(given, "-") == 0 ? read_stdin(&len, err) : xstrdup(given);
+        if (!text) {
+            return -1;
+        }
+        len = strcmp(given, "-") == 0 ? len : strlen(text);
+        int status = encode_prompt(l, s, text, len, ids, err);
+        free(text);
+        if (status != 0) {
+            return -1;
+        }
+    }
+    return arrlen(*ids) ? 0 : fail(err, "the text is empty: there is no token to run the model on");
+}
+
+static void print_ids(FILE *out, const int *ids, int n) {
+    fputc('[', out);
+    for (int i = 0; i < n; i++) {
+        fprintf(out, i ? ", %d" : "%d", ids[i]);
+    }
+    fputc(']', out);
+}
+
+/* Runs tokens of one segment through the model, as many rows at a time as the forest has working memory for. */
+static int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *tap, Err *err) {
+    for (int i = 0; i < n; i += f->max_rows) {
+        batch_clear(b);
+        batch_add(b, f, seg, ids + i, n - i < f->max_rows ? n - i : f->max_rows, 0);
+        if (model_forward(f, b, NULL, tap, err) != 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ decoding
+ * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
+ * computed once for all its samples, and every step is the same: each live sample appends one token and gets logits. */
+
+double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
+    uint64_t key[4] = {seed, a, b, c};
+    return (double)(XXH3_64bits(key, sizeof key) >> 11) * 0x1p-53;
+}
+
+typedef struct {
+    int row, sample; /* keys of its random numbers: which prompt, which of its samples */
+    int seg;
+    int next;       /* the token to feed at the next step */
+    int *ids;       /* stb: drawn so far, without the end token */
+    double logprob; /* of everything drawn, the end token included */
+    bool done, ended; /* ended: at an end token, not at the length cap */
+} Sample;
+
+typedef struct {
+    const Settings *settings;
+    const int *eos;   /* stb */
+    int vocab_size;
+    Sample *sample;   /* stb */
+    int *live;        /* stb: indices of those still growing, in batch order */
+    void (*token)(void *context, const Sample *s, int id); /* called after each drawn token but the end; may be NULL */
+    void *context;
+} Decoder;
+
+static bool is_end(const Decoder *d, int id) {
+    for (int i = 0; i < (int)arrlen(d->eos); i++) {
+        if (d->eos[i] == id) {
+            return !d->settings->ignore_eos;
+        }
+    }
+    return false;
+}
+
+/* A step's logits: draws a token for each live sample. */
+static void draw_tokens(void *context, Engine *e, const Act *logits, int first, int n) {
+    Decoder *d = context;
+    const Settings *s = d->settings;
+    int token[LOGIT_ROWS];
+    float logprob[LOGIT_ROWS];
+    double uniform[LOGIT_ROWS] = {0};
+    for (int i = 0; i < n; i++) {
+        const Sample *x = &d->sample[d->live[first + i]];
+        uniform[i] = random_uniform((uint64_t)s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
+    }
+    e->sample(e, token, logprob, logits, n, d->vocab_size, (float)s->temperature, s->top_k, (float)s->top_p, uniform);
+    for (int i = 0; i < n; i++) {
+        Sample *x = &d->sample[d->live[first + i]];
+        x->logprob += (double)logprob[i];
+        x->next = token[i];
+        x->ended = is_end(d, token[i]);
+        if (!x->ended) {
+            arrput(x->ids, token[i]);
+            if (d->token) {
+                d->token(d->context, x, token[i]);
+            }
+        }
+        x->done = x->ended || (int)arrlen(x->ids) >= s->max_tokens;
+    }
+}
+
+/* Adds a prompt's samples: its tokens but the last go through the model now, the last one opens every sample. */
+static int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err) {
+    int root = -1;
+    if (n > 1) {
+        root = forest_add(f, -1, n - 1, err);
+        if (root < 0 || feed(f, b, root, ids, n - 1, NULL, err) != 0) {
+            return -1;
+        }
+    }
+    for (int i = 0; i < samples; i++) {
+        Sample s = {.row = row, .sample = i, .next = ids[n - 1], .seg = forest_add(f, root, d->settings->max_tokens, err)};
+        if (s.seg < 0) {
+            return -1;
+        }
+        arrput(d->live, (int)arrlen(d->sample));
+        arrput(d->sample, s);
+    }
+    return 0;
+}
+
+/* Steps until every sample is done; finished samples leave the batch at once. Returns the number of rows computed. */
+static int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
+    LogitSink sink = {d, draw_tokens};
+    int64_t rows = 0;
+    while (arrlen(d->live)) {
+        batch_clear(b);
+        for (int i = 0; i < (int)arrlen(d->live); i++) {
+            Sample *x = &d->sample[d->live[i]];
+            batch_add(b, f, x->seg, &x->next, 1, 1);
+        }
+        if (model_forward(f, b, &sink, NULL, err) != 0) {
+            return -1;
+        }
+        rows += arrlen(d->live);
+        int kept = 0;
+        for (int i = 0; i < (int)arrlen(d->live); i++) {
+            if (!d->sample[d->live[i]].done) {
+                d->live[kept++] = d->live[i];
+            }
+        }
+        arrsetlen(d->live, kept);
+    }
+    return rows;
+}
+
+static void decoder_free(Decoder *d) {
+    for (int i = 0; i < (int)arrlen(d->sample); i++) {
+        arrfree(d->sample[i].ids);
+    }
+    arrfree(d->sample);
+    arrfree(d->live);
+}
+
+/* ------------------------------------------------------------------------------------------------ nla inspect */
+
+static void print_rope(const char *name, const Rope *r) {
+    printf("%-22s theta %g", name, r->theta);
+    if (r->linear_factor != 1) {
+        printf(", linear factor %g", r->linear_factor);
+    }
+    if (r->llama3) {
+        printf(", llama3 factor %g, low %g, high %g, original %g", r->factor, r->low_freq_factor, r->high_freq_factor,
+               r->original_max_positions);
+    }
+    putchar('\n');
+}
+
+static void print_config(const Config *c) {
+    printf("%-22s %s\n%-22s %d\n%-22s %d\n%-22s %d query, %d key/value, width %d\n%-22s %d\n%-22s %d%s\n", "family",
+           c->model_type, "layers", c->n_layers, "hidden_size", c->hidden_size, "heads", c->n_heads, c->n_kv_heads,
+           c->head_dim, "feed-forward", c->ff_size, "vocabulary", c->vocab_size, c->tied ? " (lm_head tied)" : "");
+    print_rope("rope", &c->rope[0]);
+    int windows = 0, window = 0;
+    for (int i = 0; i < c->n_layers; i++) {
+        windows += c->layer[i].window > 0;
+        window = c->layer[i].window > 0 ? c->layer[i].window : window;
+    }
+    if (windows) {
+        printf("%-22s %d of %d layers see %d tokens back\n", "window", windows, c->n_layers, window);
+        print_rope("rope, windowed layers", &c->rope[1]);
+    }
+    printf("%-22s %d (2/3 of the layers)\n", "default reading layer", 2 * c->n_layers / 3);
+}
+
+static void print_tensors(const Safetensors *st) {
+    for (int i = 0; i < (int)arrlen(st->tensor); i++) {
+        const Tensor *t = &st->tensor[i];
+        printf("%-5s %-64s [", dtype_name(t->dtype), t->name);
+        for (int j = 0; j < t->n_dims; j++) {
+            printf(j ? ", %lld" : "%lld", (long long)t->shape[j]);
+        }
+        puts("]");
+    }
+}
+
+static void print_yaml(const Yaml *node, int depth) {
+    for (int i = 0; i < (int)arrlen(node->item); i++) {
+        const Yaml *item = node->item[i];
+        printf("%*s%s%s", depth * 2, "", node->kind == YAML_MAP ? node->key[i] : "-", node->kind == YAML_MAP ? ": " : " ");
+        if (item->kind == YAML_SCALAR) {
+            json_write_string(stdout, item->text, strlen(item->text));
+            putchar('\n');
+        } else {
+            putchar('\n');
+            print_yaml(item, depth + 1);
+        }
+    }
+}
+
+static int inspect_sidecar(const char *path, Err *err) {
+    Yaml *yaml = yaml_load(path, err);
+    if (!yaml) {
+        return -1;
+    }
+    printf("sidecar %s\n", path);
+    print_yaml(yaml, 1);
+    yaml_free(yaml);
+    return 0;
+}
+
+static int inspect_model(const Settings *s, const char *dir, Err *err) {
+    Engine *engine;
+    Model m;
+    if (open_engine(&engine, s, err) != 0) {
+        return -1;
+    }
+    int status = model_load(&m, dir, engine, err);
+    if (status == 0) {
+        const Config *c = &m.config;
+        size_t weights = 0;
+        for (int i = 0; i < (int)arrlen(m.files.tensor); i++) {
+            weights += m.files.tensor[i].bytes;
+        }
+        size_t forest = forest_bytes(c, c->n_layers, 2048, 2048), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
+                                                                          (size_t)c->n_layers * sizeof(float);
+        if (s->json) {
+            printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
+                   "\"ff_size\": %d, \"vocab_size\": %d, \"parameters\": %zu, \"weight_bytes\": %zu, \"kv_bytes_per_token\": %zu, "
+                   "\"forest_bytes_2048\": %zu}\n",
+                   c->model_type, c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ff_size,
+                   c->vocab_size, model_parameters(&m), weights, token, forest);
+        } else {
+            print_config(c);
+            printf("%-22s %zu (%s)\n", "parameters", model_parameters(&m), dtype_name(m.embed.dtype));
+            printf("memory plan, CPU (GB)\n  %-38s %8.3f\n  %-38s %8.6f\n  %-38s %8.3f\n", "weights, mapped from the files",
+                   (double)weights / 1e9, "keys and values of one token", (double)token / 1e9,
+                   "cache and activations of 2,048 tokens", (double)forest / 1e9);
+            if (s->tensors) {
+                print_tensors(&m.files);
+            }
+        }
+        model_free(&m);
+    }
+    engine->close(engine);
+    return status;
+}
+
+static bool exists(const char *dir, const char *name) {
+    char *path = xprintf("%s/%s", dir, name);
+    bool found = access(path, F_OK) == 0;
+    free(path);
+    return found;
+}
+
+static int inspect_tensors(const char *path, Err *err) {
+    Safetensors st;
+    if (safetensors_open(&st, path, err) != 0) {
+        return -1;
+    }
+    print_tensors(&st);
+    safetensors_close(&st);
+    return 0;
+}
+
+static int run_inspect(const Settings *s, Err *err) {
+    const char *path = s->argument[0];
+    size_t n = strlen(path);
+    struct stat st;
+    if (stat(path, &st) != 0) {
+        return fail(err, "%s: %s", path, strerror(errno));
+    }
+    if (n > 5 && strcmp(path + n - 5, ".yaml") == 0) {
+        return inspect_sidecar(path, err);
+    }
+    if (!S_ISDIR(st.st_mode)) {
+        return inspect_tensors(path, err);
+    }
+    bool model = exists(path, "config.json"), sidecar = exists(path, "nla_meta.yaml"),
+         rows = exists(path, "activations.safetensors");
+    if (!model && !sidecar && !rows) {
+        return fail(err, "%s: holds neither config.json (a model) nor nla_meta.yaml (a dataset)", path);
+    }
+    int status = model ? inspect_model(s, path, err) : 0;
+    if (status == 0 && rows) {
+        char *file = xprintf("%s/activations.safetensors", path);
+        status = inspect_tensors(file, err);
+        free(file);
+    }
+    if (status == 0 && sidecar && !s->json) {
+        char *file = xprintf("%s/nla_meta.yaml", path);
+        status = inspect_sidecar(file, err);
+        free(file);
+    }
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla tokenize */
+
+static int tokenize_one(const Loaded *l, const Settings *s, const char *text, size_t len, Err *err) {
+    int *ids = NULL;
+    int status = s->chat ? encode_prompt(l, s, text, len, &ids, err)
+                         : tokenizer_encode(l->tok, text, len, !s->no_special, &ids, err);
+    if (status == 0 && s->json) {
+        print_ids(stdout, ids, (int)arrlen(ids));
+        putchar('\n');
+    }
+    for (int i = 0; status == 0 && !s->json && i < (int)arrlen(ids); i++) {
+        size_t n;
+        const char *piece = tokenizer_piece(l->tok, ids[i], &n);
+        printf("%7d  ", ids[i]);
+        json_write_string(stdout, piece ? piece : "", piece ? n : 0);
+        putchar('\n');
+    }
+    arrfree(ids);
+    return status;
+}
+
+static int run_tokenize(const Settings *s, Err *err) {
+    Loaded l = {0};
+    if (need(s->model, "model", s, err) != 0 || !(l.tok = tokenizer_load(s->model, err))) {
+        return -1;
+    }
+    const char *text = arrlen(s->argument) ? s->argument[0] : "-";
+    int status = 0;
+    if (strcmp(text, "-") != 0) {
+        status = tokenize_one(&l, s, text, strlen(text), err);
+    } else { /* a line at a time, without its newline */
+        char *line = NULL;
+        size_t room = 0;
+        ssize_t n;
+        while (status == 0 && (n = getline(&line, &room, stdin)) >= 0) {
+            status = tokenize_one(&l, s, line, (size_t)n - (n > 0 && line[n - 1] == '\n'), err);
+        }
+        free(line);
+    }
+    unload(&l);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla generate */
+
+/* Streams one sample's text: bytes are held back until they make whole characters. */
+typedef struct {
+    const Tokenizer *tok;
+    char held[4];
+    int n_held;
+} Stream;
+
+static int utf8_length(unsigned char lead) {
+    return lead < 0x80 ? 1 : lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : lead >= 0xc0 ? 2 : 1;
+}
+
+static void stream_token(void *context, const Sample *x, int id) {
+    (void)x;
+    Stream *s = context;
+    size_t n = 0;
+    const char *piece = tokenizer_is_special(s->tok, id) ? NULL : tokenizer_piece(s->tok, id, &n);
+    for (size_t i = 0; piece && i < n; i++) {
+        s->held[s->n_held++] = piece[i];
+        if (s->n_held >= utf8_length((unsigned char)s->held[0])) {
+            fwrite(s->held, 1, (size_t)s->n_held, stdout);
+            s->n_held = 0;
+        }
+    }
+    fflush(stdout);
+}
+
+static void print_sample(const Loaded *l, const Settings *s, const Sample *x, int prompt_tokens) {
+    size_t len;
+    char *text = tokenizer_decode(l->tok, x->ids, (int)arrlen(x->ids), true, &len);
+    if (s->json) {
+        printf("{\"row\": %d, \"sample\": %d, \"text\": ", x->row, x->sample);
+        json_write_string(stdout, text, len);
+        printf(", \"stop\": \"%s\", \"prompt_tokens\": %d, \"logprob\": %.6f, \"ids\": ", x->ended ? "end" : "length",
+               prompt_tokens, x->logprob);
+        print_ids(stdout, x->ids, (int)arrlen(x->ids));
+        puts("}");
+    } else {
+        fwrite(text, 1, len, stdout);
+        putchar('\n');
+    }
+    free(text);
+}
+
+/* The prompts: TEXT, --ids, or the documents of --in. stb of stb. */
+static int **read_prompts(const Loaded *l, const Settings *s, Err *err) {
+    int **prompt = NULL, *ids = NULL;
+    if (!s->in) {
+        if (prompt_ids(l, s, &ids, err) != 0) {
+            arrfree(ids);
+            return NULL;
+        }
+        arrput(prompt, ids);
+        return prompt;
+    }
+    Corpus *corpus = corpus_open(s->in, err);
+    Document doc;
+    int status = corpus ? 1 : -1;
+    while (status == 1 && (status = corpus_next(corpus, &doc, err)) == 1) {
+        ids = NULL;
+        if (encode_prompt(l, s, doc.text, doc.len, &ids, err) != 0 || arrlen(ids) == 0) {
+            fail(err, "%s: document %s has no tokens", s->in, doc.id);
+            status = -1;
+        }
+        arrput(prompt, ids);
+    }
+    if (corpus) {
+        corpus_close(corpus);
+    }
+    if (status == 0 && arrlen(prompt) == 0) {
+        status = fail(err, "%s: holds no document", s->in);
+    }
+    if (status != 0) {
+        for (int i = 0; i < (int)arrlen(prompt); i++) {
+            arrfree(prompt[i]);
+        }
+        arrfree(prompt);
+    }
+    return prompt;
+}
+
+/* Decodes the samples of prompts [from, to) together and prints them. */
+static int generate_group(const Loaded *l, const Settings *s, int **prompt, int from, int to, int64_t *tokens, Err *err) {
+    int rows = 0, samples = (to - from) * s->samples, longest = 1;
+    for (int i = from; i < to; i++) {
+        int n = (int)arrlen(prompt[i]);
+        longest = n > longest ? n : longest;
+        rows += n + CACHE_ALIGN + s->samples * (s->max_tokens + CACHE_ALIGN);
+    }
+    int work = longest < 512 ? longest : 512;
+    Forest forest;
+    if (forest_open(&forest, (Model *)&l->model, l->model.config.n_layers, rows, work > samples ? work : samples, err) != 0) {
+        return -1;
+    }
+    Batch batch = {0};
+    Stream stream = {.tok = l->tok};
+    bool streaming = samples == 1 && !s->json;
+    Decoder d = {.settings = s, .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
+                 .token = streaming ? stream_token : NULL, .context = &stream};
+    int status = 0;
+    for (int i = from; i < to && status == 0; i++) {
+        status = decoder_add(&d, &forest, &batch, i, prompt[i], (int)arrlen(prompt[i]), s->samples, err);
+    }
+    int64_t computed = status == 0 ? decode(&d, &forest, &batch, err) : -1;
+    *tokens += computed > 0 ? computed : 0;
+    for (int i = 0; computed >= 0 && i < (int)arrlen(d.sample); i++) {
+        if (streaming) {
+            fwrite(stream.held, 1, (size_t)stream.n_held, stdout);
+            putchar('\n');
+        } else {
+            print_sample(l, s, &d.sample[i], (int)arrlen(prompt[d.sample[i].row]));
+        }
+    }
+    decoder_free(&d);
+    batch_free(&batch);
+    forest_close(&forest);
+    return computed < 0 ? -1 : 0;
+}
+
+static int run_generate(const Settings *s, Err *err) {
+    Loaded l;
+    if (load_all(&l, s, true, err) != 0) {
+        return -1;
+    }
+    int **prompt = read_prompts(&l, s, err), status = prompt ? 0 : -1;
+    int64_t tokens = 0;
+    double start = now();
+    int group = s->batch / s->samples > 1 ? s->batch / s->samples : 1;
+    for (int i = 0; i < (int)arrlen(prompt) && status == 0; i += group) {
+        int to = i + group < (int)arrlen(prompt) ? i + group : (int)arrlen(prompt);
+        status = generate_group(&l, s, prompt, i, to, &tokens, err);
+    }
+    if (status == 0) {
+        double t = now() - start;
+        note(s, "%lld tokens in %.2f s, %.1f tokens/s (prompts included)\n", (long long)tokens, t, (double)tokens / t);
+    }
+    for (int i = 0; i < (int)arrlen(prompt); i++) {
+        arrfree(prompt[i]);
+    }
+    arrfree(prompt);
+    unload(&l);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla capture */
+
+/* Layers "3", "3,7,20" or "all"; NULL means two thirds of the way up. stb. */
+static int parse_layers(const char *text, const Config *c, int **layers, Err *err) {
+    if (!text) {
+        arrput(*layers, 2 * c->n_layers / 3);
+        return 0;
+    }
+    if (strcmp(text, "all") == 0) {
+        for (int i = 0; i < c->n_layers; i++) {
+            arrput(*layers, i);
+        }
+        return 0;
+    }
+    for (const char *p = text;;) {
+        char *end;
+        long k = strtol(p, &end, 10);
+        if (end == p || (*end && *end != ',')) {
+            return fail(err, "--layer takes a layer, several separated by commas, or all; not '%s'", text);
+        }
+        if (k < 0 || k >= c->n_layers) {
+            return fail(err, "--layer %ld: the model has layers 0 to %d", k, c->n_layers - 1);
+        }
+        for (int i = 0; i < (int)arrlen(*layers); i++) {
+            if ((*layers)[i] == k) {
+                return fail(err, "--layer names layer %ld twice", k);
+            }
+        }
+        arrput(*layers, (int)k);
+        if (!*end) {
+            return 0;
+        }
+        p = end + 1;
+    }
+}
+
+typedef struct {
+    int *layer;             /* stb */
+    DatasetWriter **writer; /* [layers] */
+    int width;
+    /* of the document in the batch */
+    int *position; /* stb: rows wanted, ascending */
+    float **kept;  /* [layers]: stb, [positions, width] */
+} Capture;
+
+/* Keeps the wanted rows of the wanted layers' residual streams. */
+static void keep_rows(void *context, Engine *e, const char *module, int layer, const Act *data, int first, int rows, int width) {
+    (void)first;
+    (void)rows;
+    Capture *c = context;
+    for (int i = 0; !*module && i < (int)arrlen(c->layer); i++) {
+        for (int p = 0; c->layer[i] == layer && p < (int)arrlen(c->position); p++) {
+            e->read(e, arraddnptr(c->kept[i], (size_t)width), data, (size_t)c->position[p] * (size_t)width, (size_t)width);
+        }
+    }
+}
+
+/* Which positions of a document: all, the last, or N drawn without replacement by a generator keyed on (seed, document)
+ * alone, so that the order of documents does not matter. Special tokens are never read. */
+static int choose_positions(const Loaded *l, const Settings *s, const char *id, const int *ids, int n, int **out, Err *err) {
+    const char *how = s->positions;
+    int *candidate = NULL;
+    for (int i = 0; i < n; i++) {
+        if (!tokenizer_is_special(l->tok, ids[i])) {
+            arrput(candidate, i);
+        }
+    }
+    int count = (int)arrlen(candidate), wanted = count;
+    if (strcmp(how, "last") == 0) {
+        wanted = count > 0;
+        for (int i = 0; i < wanted; i++) {
+            candidate[0] = candidate[count - 1];
+        }
+    } else if (strcmp(how, "all") != 0) {
+        char *end;
+        long k = strtol(how, &end, 10);
+        if (*end || end == how || k < 1 || k > 1000000) {
+            arrfree(candidate);
+            return fail(err, "--positions takes all, last or a number of positions a document, not '%s'", how);
+        }
+        wanted = k < count ? (int)k : count;
+        uint64_t document = XXH3_64bits(id, strlen(id));
+        for (int i = 0; i < wanted; i++) { /* Fisher-Yates, the first `wanted` places */
+            int j = i + (int)(random_uniform((uint64_t)s->seed, document, (uint64_t)i, 0) * (count - i));
+            int swap = candidate[i];
+            candidate[i] = candidate[j];
+            candidate[j] = swap;
+        }
+    }
+    bool *chosen = xcalloc((size_t)n + 1, 1);
+    for (int i = 0; i < wanted; i++) {
+        chosen[candidate[i]] = true;
+    }
+    for (int i = 0; i < n; i++) {
+        if (chosen[i]) {
+            arrput(*out, i);
+        }
+    }
+    free(chosen);
+    arrfree(candidate);
+    return 0;
+}
+
+static int append_rows(Capture *c, const Loaded *l, const char *id, const int *ids, Err *err) {
+    int status = 0;
+    for (int p = 0; p < (int)arrlen(c->position) && status == 0; p++) {
+        int prefix = c->position[p] + 1;
+        size_t len;
+        char *text = tokenizer_decode(l->tok, ids, prefix, true, &len);
+        uint64_t row = XXH3_64bits_withSeed(id, strlen(id), (uint64_t)prefix);
+        for (int i = 0; i < (int)arrlen(c->layer) && status == 0; i++) {
+            status = dataset_append(c->writer[i], c->kept[i] + (size_t)p * (size_t)c->width, prefix, row, id, text, len, err);
+        }
+        free(text);
+    }
+    return status;
+}
+
+/* One document: only blocks 0..K of the highest K run, and no logits. */
+static int capture_document(Capture *c, const Loaded *l, const Settings *s, Forest *f, Batch *b, const Document *doc,
+                            int64_t *tokens, Err *err) {
+    int *ids = NULL;
+    Tap tap = {c, keep_rows};
+    int status = encode_prompt(l, s, doc->text, doc->len, &ids, err);
+    int n = (int)arrlen(ids) < s->max_length ? (int)arrlen(ids) : s->max_length;
+    arrsetlen(c->position, 0);
+    for (int i = 0; i < (int)arrlen(c->layer); i++) {
+        arrsetlen(c->kept[i], 0);
+    }
+    if (status == 0 && n > 0) {
+        status = choose_positions(l, s, doc->id, ids, n, &c->position, err);
+    }
+    if (status == 0 && arrlen(c->position)) {
+        n = arrlast(c->position) + 1; /* nothing after the last wanted position matters */
+        forest_clear(f);
+        int seg = forest_add(f, -1, n, err);
+        status = seg < 0 ? -1 : feed(f, b, seg, ids, n, &tap, err);
+        *tokens += n;
+    }
+    if (status == 0) {
+        status = append_rows(c, l, doc->id, ids, err);
+    }
+    arrfree(ids);
+    return status;
+}
+
+static Yaml *capture_sidecar(const Settings *s, const Model *m, int layer) {
+    Yaml *y = yaml_new(YAML_MAP);
+    char *number = xprintf("%d", layer), *width = xprintf("%d", m->config.hidden_size), stamp[32];
+    time_t t = time(NULL);
+    strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime(&t));
+    char *id = xprintf("%s-L%d", s->out, layer);
+    yaml_set(y, "kind", "nla_dataset", false);
+    yaml_set(y, "schema_version", "1", false);
+    yaml_set(y, "dataset_id", id, true);
+    yaml_set(y, "stage", "base", false);
+    yaml_set(y, "row_count", "0", false);
+    yaml_set(y, "extraction.base_model", s->model, true);
+    yaml_set(y, "extraction.d_model", width, false);
+    yaml_set(y, "extraction.layer_index", number, false);
+    yaml_set(y, "extraction.norm", "none", false);
+    yaml_set(y, "extraction.corpus", s->in, true);
+    yaml_set(y, "extraction.positions_per_doc", s->positions, false);
+    yaml_set(y, "created_at", stamp, true);
+    yaml_set(y, "created_by", "nla capture", false);
+    free(number);
+    free(width);
+    free(id);
+    return y;
+}
+
+static int capture_open(Capture *c, const Settings *s, Err *err) {
+    bool several = arrlen(c->layer) > 1;
+    if (several && mkdir(s->out, 0777) != 0 && errno != EEXIST) {
+        return fail(err, "%s: cannot make this directory: %s", s->out, strerror(errno));
+    }
+    for (int i = 0; i < (int)arrlen(c->layer); i++) {
+        char *dir = several ? xprintf("%s/layer_%d", s->out, c->layer[i]) : xstrdup(s->out);
+        c->writer[i] = dataset_create(dir, c->width, err);
+        free(dir);
+        if (!c->writer[i]) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int capture_corpus(Capture *c, const Loaded *l, const Settings *s, Err *err) {
+    Corpus *corpus = corpus_open(s->in, err);
+    Forest f = {0};
+    Batch b = {0};
+    Document doc;
+    int highest = 0, status = corpus ? 0 : -1;
+    for (int i = 0; i < (int)arrlen(c->layer); i++) {
+        highest = c->layer[i] > highest ? c->layer[i] : highest;
+    }
+    if (status == 0) {
+        status = forest_open(&f, (Model *)&l->model, highest + 1, s->max_length, s->max_length, err);
+    }
+    int64_t tokens = 0, documents = 0;
+    double start = now();
+    int more = 0;
+    while (status == 0 && (more = corpus_next(corpus, &doc, err)) == 1) {
+        status = capture_document(c, l, s, &f, &b, &doc, &tokens, err);
+        if (++documents % 100 == 0) {
+            note(s, "%lld documents, %lld tokens, %.0f tokens/s\n", (long long)documents, (long long)tokens,
+                 (double)tokens / (now() - start));
+        }
+    }
+    if (status == 0 && more == 0) {
+        note(s, "%lld documents, %lld tokens in %.2f s\n", (long long)documents, (long long)tokens, now() - start);
+    }
+    forest_close(&f);
+    batch_free(&b);
+    if (corpus) {
+        corpus_close(corpus);
+    }
+    return status == 0 && more == 0 ? 0 : -1;
+}
+
+static int run_capture(const Settings *s, Err *err) {
+    Loaded l;
+    if (need(s->in, "in", s, err) != 0 || need(s->out, "out", s, err) != 0 || load_all(&l, s, true, err) != 0) {
+        return -1;
+    }
+    Capture c = {.width = l.model.config.hidden_size};
+    int status = parse_layers(s->layers, &l.model.config, &c.layer, err);
+    int n = (int)arrlen(c.layer);
+    c.writer = xcalloc((size_t)n + 1, sizeof *c.writer);
+    c.kept = xcalloc((size_t)n + 1, sizeof *c.kept);
+    if (status == 0) {
+        status = capture_open(&c, s, err);
+    }
+    if (status == 0) {
+        status = capture_corpus(&c, &l, s, err);
+    }
+    for (int i = 0; i < n; i++) {
+        if (status == 0) {
+            Yaml *sidecar = capture_sidecar(s, &l.model, c.layer[i]);
+            status = dataset_finish(c.writer[i], sidecar, err);
+            yaml_free(sidecar);
+        } else if (c.writer[i]) {
+            dataset_abandon(c.writer[i]);
+        }
+        arrfree(c.kept[i]);
+    }
+    arrfree(c.layer);
+    arrfree(c.position);
+    free(c.writer);
+    free(c.kept);
+    unload(&l);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla dump */
+
+typedef struct {
+    const char *only; /* substring of the names to keep, or NULL */
+    int rows;
+    Tensor *tensor; /* stb; names and data owned */
+} Dump;
+
+/* The buffer of the tensor of that name, made when it is first seen. Takes the name. */
+static float *dump_place(Dump *d, char *name, int width) {
+    for (int i = 0; i < (int)arrlen(d->tensor); i++) {
+        if (strcmp(d->tensor[i].name, name) == 0) {
+            free(name);
+            return (float *)d->tensor[i].data;
+        }
+    }
+    Tensor t = {.name = name, .dtype = DT_F32, .n_dims = 2, .shape = {d->rows, width},
+                .bytes = (size_t)d->rows * (size_t)width * sizeof(float)};
+    float *data = xmalloc(t.bytes);
+    t.data = data;
+    arrput(d->tensor, t);
+    return data;
+}
+
+static void keep_output(void *context, Engine *e, const char *module, int layer, const Act *data, int first, int rows,
+                        int width) {
+    Dump *d = context;
+    char *name = layer < 0 ? xstrdup(module) : xprintf("model.layers.%d%s%s", layer, *module ? "." : "", module);
+    if (d->only && !strstr(name, d->only)) {
+        free(name);
+        return;
+    }
+    e->read(e, dump_place(d, name, width) + (size_t)first * (size_t)width, data, 0, (size_t)rows * (size_t)width);
+}
+
+static void ignore_logits(void *context, Engine *e, const Act *logits, int first, int n) {
+    (void)context, (void)e, (void)logits, (void)first, (void)n; /* the tap has seen them */
+}
+
+static int dump_forward(Dump *d, const Loaded *l, const int *ids, int n, Err *err) {
+    Forest f;
+    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, n, n, err) != 0) {
+        return -1;
+    }
+    Batch b = {0};
+    Tap tap = {d, keep_output};
+    LogitSink sink = {NULL, ignore_logits};
+    int seg = forest_add(&f, -1, n, err);
+    batch_add(&b, &f, seg, ids, n, 2);
+    int status = model_forward(&f, &b, l->model.lm_head.n ? &sink : NULL, &tap, err);
+    batch_free(&b);
+    forest_close(&f);
+    return status;
+}
+
+static int run_dump(const Settings *s, Err *err) {
+    Loaded l;
+    if (need(s->out, "out", s, err) != 0 || load_all(&l, s, !s->ids, err) != 0) {
+        return -1;
+    }
+    int *ids = NULL, status = prompt_ids(&l, s, &ids, err);
+    int64_t *input = NULL;
+    Dump d = {.only = s->only, .rows = (int)arrlen(ids)};
+    if (status == 0) {
+        for (int i = 0; i < d.rows; i++) {
+            arrput(input, (int64_t)ids[i]);
+        }
+        arrput(d.tensor, ((Tensor){.name = xstrdup("input_ids"), .dtype = DT_I64, .n_dims = 1, .shape = {d.rows},
+                                   .data = input, .bytes = (size_t)d.rows * sizeof(int64_t)}));
+        status = dump_forward(&d, &l, ids, d.rows, err);
+    }
+    if (status == 0) {
+        status = safetensors_save(s->out, d.tensor, (int)arrlen(d.tensor), err);
+    }
+    if (status == 0) {
+        note(s, "%s: %d tensors of %d tokens\n", s->out, (int)arrlen(d.tensor), d.rows);
+    }
+    for (int i = 0; i < (int)arrlen(d.tensor); i++) {
+        free((char *)d.tensor[i].name);
+        if (i > 0) {
+            free((void *)d.tensor[i].data);
+        }
+    }
+    arrfree(d.tensor);
+    arrfree(input);
+    arrfree(ids);
+    unload(&l);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla bench */
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Prints what `repeat` runs of one measurement took: median, least and most, and work done a second. */
+static void report_times(const Settings *s, const char *name, double *seconds, int n, double work, const char *unit) {
+    qsort(seconds, (size_t)n, sizeof *seconds, by_value);
+    double median = n % 2 ? seconds[n / 2] : (seconds[n / 2 - 1] + seconds[n / 2]) / 2;
+    if (s->json) {
+        printf("{\"name\": \"%s\", \"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"rate\": %.6g, \"unit\": \"%s\"}\n",
+               name, median, seconds[0], seconds[n - 1], work / median, unit);
+    } else {
+        printf("%-34s %10.3f ms  (%.3f to %.3f)  %10.1f %s\n", name, median * 1e3, seconds[0] * 1e3, seconds[n - 1] * 1e3,
+               work / median, unit);
+    }
+    fflush(stdout);
+}
+
+/* Numbers spread over (-1, 1), the same every time. */
+static void fill_random(float *x, size_t n, uint64_t key) {
+    for (size_t i = 0; i < n; i++) {
+        x[i] = (float)(2 * random_uniform(0, key, i, 0) - 1);
+    }
+}
+
+/* y [N,O] = x [N,I] W^T on random data. --shape N,I,O; weights fp32, and bf16 with --bf16. */
+static int bench_linear(const Settings *s, Engine *e, Err *err) {
+    int N, I, O;
+    if (sscanf(s->shape ? s->shape : "", "%d,%d,%d", &N, &I, &O) != 3 || N < 1 || I < 1 || O < 1 ||
+        (double)N * I > 1e9 || (double)I * O > 1e9 || (double)N * O > 1e9) {
+        return fail(err, "bench linear needs --shape ROWS,IN,OUT, such as --shape 2048,576,1536");
+    }
+    size_t weights = (size_t)I * (size_t)O, inputs = (size_t)N * (size_t)I;
+    float *w = xmalloc(weights * sizeof(float)), *host = xmalloc(inputs * sizeof(float));
+    uint16_t *narrow = xmalloc(weights * sizeof(uint16_t));
+    fill_random(w, weights, 1);
+    fill_random(host, inputs, 2);
+    for (size_t i = 0; i < weights; i++) {
+        narrow[i] = f32_to_bf16(w[i]);
+    }
+    Act *x = e->alloc(e, inputs), *y = e->alloc(e, (size_t)N * (size_t)O);
+    int status = x && y ? 0 : fail(err, "not enough memory for --shape %s", s->shape);
+    if (status == 0) {
+        e->write(e, x, 0, host, inputs);
+        Linear linear = {.n = 1, .in = I, .out = O,
+                         .w = {{.dtype = s->bf16 ? DT_BF16 : DT_F32, .n_dims = 2, .shape = {O, I},
+                                .data = s->bf16 ? (void *)narrow : (void *)w}}};
+        double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
+        for (int i = -1; i < s->repeat; i++) { /* -1: warm-up */
+            double start = now();
+            e->linear(e, y, x, &linear, N);
+            seconds[i < 0 ? 0 : i] = now() - start;
+        }
+        report_times(s, "linear", seconds, s->repeat, 2e-9 * N * I * O, "GFLOP/s");
+        free(seconds);
+    }
+    e->free(e, x);
+    e->free(e, y);
+    free(w);
+    free(host);
+    free(narrow);
+    return status;
+}
+
+/* 2,048 packed tokens (documents of --max-length), all blocks, logits of each document's last token. */
+static int bench_forward(const Settings *s, const Loaded *l, Err *err) {
+    int total = 2048, length = s->max_length < total ? s->max_length : total;
+    Forest f;
+    Batch b = {0};
+    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, total + CACHE_ALIGN * (total / length + 1), total, err) != 0) {
+        return -1;
+    }
+    LogitSink sink = {NULL, ignore_logits};
+    double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
+    int *ids = xcalloc((size_t)total, sizeof(int)), status = 0;
+    for (int i = 0; i < total; i++) {
+        ids[i] = (int)(random_uniform(0, 3, (uint64_t)i, 0) * l->model.config.vocab_size);
+    }
+    for (int i = -1; i < s->repeat && status == 0; i++) {
+        forest_clear(&f);
+        batch_clear(&b);
+        for (int at = 0; at < total; at += length) {
+            int n = total - at < length ? total - at : length;
+            batch_add(&b, &f, forest_add(&f, -1, n, err), ids + at, n, 1);
+        }
+        double start = now();
+        status = model_forward(&f, &b, &sink, NULL, err);
+        seconds[i < 0 ? 0 : i] = now() - start;
+    }
+    if (status == 0) {
+        report_times(s, "forward of 2048 packed tokens", seconds, s->repeat, total, "tokens/s");
+    }
+    free(ids);
+    free(seconds);
+    batch_free(&b);
+    forest_close(&f);
+    return status;
+}
+
+/* --samples samples of one prompt of 100 tokens, --max-tokens each, end tokens ignored. */
+static int bench_decode(const Settings *given, const Loaded *l, Err *err) {
+    Settings s = *given;
+    s.ignore_eos = true;
+    enum { PROMPT = 100 };
+    int ids[PROMPT], rows = s.samples, status = 0;
+    for (int i = 0; i < PROMPT; i++) {
+        ids[i] = (int)(random_uniform(0, 4, (uint64_t)i, 0) * l->model.config.vocab_size);
+    }
+    Forest f;
+    Batch b = {0};
+    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, PROMPT + CACHE_ALIGN + rows * (s.max_tokens + CACHE_ALIGN),
+                    rows > PROMPT ? rows : PROMPT, err) != 0) {
+        return -1;
+    }
+    double *seconds = xcalloc((size_t)s.repeat, sizeof(double));
+    for (int i = 0; i < s.repeat && status == 0; i++) {
+        Decoder d = {.settings = &s, .vocab_size = l->model.config.vocab_size};
+        forest_clear(&f);
+        double start = now();
+        status = decoder_add(&d, &f, &b, 0, ids, PROMPT, rows, err);
+        status = status == 0 && decode(&d, &f, &b, err) >= 0 ? 0 : -1;
+        seconds[i] = now() - start;
+        decoder_free(&d);
+    }
+    if (status == 0) {
+        char name[64];
+        snprintf(name, sizeof name, "decode of %d rows x %d tokens", rows, s.max_tokens);
+        report_times(&s, name, seconds, s.repeat, (double)rows * s.max_tokens, "tokens/s");
+    }
+    free(seconds);
+    batch_free(&b);
+    forest_close(&f);
+    return status;
+}
+
+/* Files to first use: weights mapped and checked, tokenizer built. */
+static int bench_load(const Settings *s, Engine *e, Err *err) {
+    double *model = xcalloc((size_t)s->repeat, sizeof(double)), *tokenizer = xcalloc((size_t)s->repeat, sizeof(double));
+    int status = 0;
+    for (int i = 0; i < s->repeat && status == 0; i++) {
+        Model m;
+        double start = now();
+        status = model_load(&m, s->model, e, err);
+        if (status == 0) {
+            model_free(&m);
+            model[i] = now() - start;
+            start = now();
+            Tokenizer *tok = tokenizer_load(s->model, err);
+            tokenizer[i] = now() - start;
+            status = tok ? 0 : -1;
+            tokenizer_free(tok);
+        }
+    }
+    if (status == 0) {
+        report_times(s, "weights mapped and checked", model, s->repeat, 1, "loads/s");
+        report_times(s, "tokenizer read", tokenizer, s->repeat, 1, "loads/s");
+    }
+    free(model);
+    free(tokenizer);
+    return status;
+}
+
+static int run_bench(const Settings *s, Err *err) {
+    const char *what = arrlen(s->argument) ? s->argument[0] : "all";
+    bool all = strcmp(what, "all") == 0;
+    const char *const parts[] = {"linear", "load", "forward", "decode"};
+    bool known = all;
+    for (int i = 0; i < 4; i++) {
+        known = known || strcmp(what, parts[i]) == 0;
+    }
+    if (!known) {
+        return fail(err, "bench measures linear, load, forward, decode or all; not '%s'", what);
+    }
+    Loaded l = {0};
+    int status;
+    if (strcmp(what, "linear") == 0) {
+        status = open_engine(&l.engine, s, err);
+        status = status == 0 ? bench_linear(s, l.engine, err) : -1;
+    } else {
+        status = load_all(&l, s, false, err);
+        if (status == 0 && (all || strcmp(what, "load") == 0)) {
+            status = bench_load(s, l.engine, err);
+        }
+        if (status == 0 && (all || strcmp(what, "forward") == 0)) {
+            status = bench_forward(s, &l, err);
+        }
+        if (status == 0 && (all || strcmp(what, "decode") == 0)) {
+            status = bench_decode(s, &l, err);
+        }
+    }
+    unload(&l);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla help, and the table */
+
+static int run_help(const Settings *s, Err *err);
+
+#define MODEL_OPTION {"model", "DIR", TEXT, AT(model), 0, 0, "a Hugging Face model directory: config.json, safetensors, tokenizer.json"}
+#define CHAT_OPTIONS                                                                                                   \
+    {"chat", NULL, FLAG, AT(chat), 0, 0, "the text is a user message: render it with the model's chat template"},      \
+    {"system", "TEXT", TEXT, AT(system), 0, 0, "system message before it (with --chat)"},                              \
+    {"date", "DATE", TEXT, AT(date), 0, 0, "the date that Llama 3.1's template names (default: \"26 Jul 2024\")"}
+#define SAMPLING_OPTIONS                                                                                               \
+    {"max-tokens", "N", COUNT, AT(max_tokens), 1, 1e6, "longest reply (default: 200)"},                                \
+    {"temperature", "T", NUMBER, AT(temperature), 0, 100, "0 takes the likeliest token (default: 0)"},                 \
+    {"top-k", "N", COUNT, AT(top_k), 0, 1e9, "draw among the N likeliest (default: all)"},                             \
+    {"top-p", "P", NUMBER, AT(top_p), 1e-6, 1, "draw among the likeliest that reach probability P (default: 1)"}
+
+static const Command commands[] = {
+    {"inspect", "inspect PATH [--tensors] [--json]", "config, tensors, sidecar, parameter count and memory plan",
+     "PATH is a model directory, a dataset directory, a .safetensors file or a .yaml sidecar.",
+     run_inspect, 1, 1, {{"tensors", NULL, FLAG, AT(tensors), 0, 0, "list every tensor of a model"}}},
+    {"tokenize", "tokenize --model DIR [--chat] [TEXT|-]", "text to token ids",
+     "Without TEXT, or with -, every line of standard input is one text. Prints an id and its bytes a line; with --json one\n"
+     "array of ids a text. Special tokens that the tokenizer adds (BOS) are added.",
+     run_tokenize, 0, 1, {MODEL_OPTION, CHAT_OPTIONS,
+     {"no-special", NULL, FLAG, AT(no_special), 0, 0, "leave out the special tokens the tokenizer adds"}}},
+    {"generate", "generate --model DIR [--chat] [PROMPT|-] [--in FILE]", "continue a text",
+     "Without PROMPT, or with -, the prompt is standard input. --in takes many prompts: JSONL (\"text\"), a text file, a directory.\n"
+     "One reply is streamed as it is made. A draw depends on --seed, the prompt's place, the sample and the step alone.",
+     run_generate, 0, 1, {MODEL_OPTION, CHAT_OPTIONS, SAMPLING_OPTIONS,
+     {"samples", "N", COUNT, AT(samples), 1, 4096, "replies to each prompt; the prompt is computed once for all (default: 1)"},
+     {"in", "FILE", TEXT, AT(in), 0, 0, "prompts: JSONL, text, directory of texts, or - for standard input"},
+     {"ids", "LIST", TEXT, AT(ids), 0, 0, "the prompt as token ids, such as 1,22,333"},
+     {"batch", "N", COUNT, AT(batch), 1, 65536, "replies decoded together (default: 32)"},
+     {"ignore-eos", NULL, FLAG, AT(ignore_eos), 0, 0, "go on after an end token"}}},
+    {"capture", "capture --model DIR --in FILE --out DIR [--layer K]", "activations of texts, as a dataset directory",
+     "Reads documents (JSONL with a \"text\" field, a text file, a directory of them, - for standard input; .gz is unpacked) and writes\n"
+     "the residual stream after block K (hidden_states[K+1] in transformers) as float32, raw. With several layers, one dataset each\n"
+     "under DIR/layer_K. Rows: a token's activation, its prefix as text, the number of tokens up to it.",
+     run_capture, 0, 0, {MODEL_OPTION, CHAT_OPTIONS,
+     {"layer", "K", TEXT, AT(layers), 0, 0, "a layer, several (3,7,20) or all (default: two thirds of the way up)"},
+     {"positions", "HOW", TEXT, AT(positions), 0, 0, "all, last, or N positions a document drawn by (seed, doc_id) (default: all)"},
+     {"in", "FILE", TEXT, AT(in), 0, 0, "documents"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"},
+     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "tokens read of a document (default: 2048)"}}},
+    {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
+     "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
+     "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"
+     "model.norm, lm_head.",
+     run_dump, 0, 1, {MODEL_OPTION, CHAT_OPTIONS, {"out", "FILE", TEXT, AT(out), 0, 0, "the safetensors file to write"},
+     {"ids", "LIST", TEXT, AT(ids), 0, 0, "token ids instead of TEXT, such as 1,22,333"},
+     {"only", "NAME", TEXT, AT(only), 0, 0, "keep only tensors whose name contains NAME"}}},
+    {"bench", "bench [linear|load|forward|decode|all] [--model DIR]", "speed, op by op and end to end",
+     "linear: one matrix product, --shape ROWS,IN,OUT (needs no model). load: files to first use. forward: 2,048 packed tokens in\n"
+     "documents of --max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens.",
+     run_bench, 0, 1, {MODEL_OPTION, SAMPLING_OPTIONS,
+     {"samples", "N", COUNT, AT(samples), 1, 4096, "rows decoded together"},
+     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "length of the packed documents (default: 2048)"},
+     {"shape", "ROWS,IN,OUT", TEXT, AT(shape), 0, 0, "of the matrix product"},
+     {"repeat", "N", COUNT, AT(repeat), 1, 1e6, "measurements; the median is shown (default: 5)"}}},
+    {"help", "help [COMMAND]", "what there is, or all about one command", "", run_help, 0, 1, {{0}}},
+    {0},
+};
+
+static void print_option(const Option *o) {
+    char left[64];
+    snprintf(left, sizeof left, "--%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+    printf("  %-24s %s\n", left, o->help);
+}
+
+static int run_help(const Settings *s, Err *err) {
+    if (!arrlen(s->argument)) {
+        puts("nla: natural language autoencoders. It reads what a language model holds in its residual stream.\n\n"
+             "usage: nla COMMAND [options]      nla help COMMAND tells all about one\n");
+        for (const Command *c = commands; c->name; c++) {
+            printf("  %-10s %s\n", c->name, c->summary);
+        }
+        puts("\nResults go to stdout, progress and timing to stderr. Exit status: 0 done, 1 failed, 2 wrong usage.");
+        return 0;
+    }
+    const Command *c = find_command(s->argument[0]);
+    if (!c) {
+        return fail(err, "there is no command '%s'; nla help lists them", s->argument[0]);
+    }
+    printf("usage: nla %s\n\n%s.\n%s%s\n", c->usage, c->summary, c->details, *c->details ? "\n" : "");
+    for (const Option *o = c->option; o->name; o++) {
+        print_option(o);
+    }
+    for (const Option *o = common_options; o->name; o++) {
+        print_option(o);
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ main */
+
+static int nla_main(int argc, char **argv) {
+    Err err = {0};
+    Settings s = {.command = argc > 1 ? argv[1] : "help", .positions = "all", .samples = 1, .max_tokens = 200,
+                  .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1};
+    if (strcmp(s.command, "--help") == 0 || strcmp(s.command, "-h") == 0) {
+        s.command = "help";
+    }
+    const Command *c = find_command(s.command);
+    for (int i = 2; c && i < argc; i++) { /* nla COMMAND --help */
+        if (strcmp(argv[i], "--") == 0) {
+            break;
+        }
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            arrput(s.argument, c->name);
+            run_help(&s, &err);
+            arrfree(s.argument);
+            return 0;
+        }
+    }
+    int status = 2;
+    if (!c) {
+        const char *nearest = NULL;
+        for (const Command *k = commands; k->name && !nearest; k++) {
+            nearest = edit_distance(s.command, k->name) <= 2 ? k->name : NULL;
+        }
+        fail(&err, "there is no command '%s'%s%s%s; nla help lists them", s.command, nearest ? " (did you mean " : "",
+             nearest ? nearest : "", nearest ? "?)" : "");
+    } else if (parse_options(&s, c, argc, argv, &err) == 0) {
+        status = c->run(&s, &err) == 0 ? 0 : 1;
+    }
+    arrfree(s.argument);
+    if (fflush(stdout) != 0 && status == 0) {
+        fail(&err, "cannot write to standard output: %s", strerror(errno));
+        status = 1;
+    }
+    if (status != 0) {
+        fflush(stdout);
+        fprintf(stderr, "nla: error: %s\n", err.msg);
+    }
+    return status;
+}
+
+#ifndef NLA_NO_MAIN
+int main(int argc, char **argv) {
+    file_guard();
+    return nla_main(argc, argv);
+}
+#endif

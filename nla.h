@@ -1,0 +1,456 @@
+/* nla.h - Natural Language Autoencoders, the whole program on one page-through.
+ *
+ * Reading order: errors, files, configuration, tokenizer, engine (the op table), model, the forest batch,
+ * the forward pass, sampling, datasets. Each source file opens with what it is; the tour is docs/architecture.md.
+ *
+ * Shape letters, everywhere the same:
+ *   N tokens (rows) in a packed batch   S segments      D model width      H query heads   G key/value heads
+ *   E head width   F feed-forward width   V vocabulary   L layers (blocks)
+ *
+ * Every function that can fail takes an `Err *` last and returns 0 / a pointer on success, -1 / NULL on failure with
+ * one line in err->msg: what, where, why, how to mend it. Nothing here prints, exits or aborts; only nla.c does.
+ * Memory: a function named X_open, X_load or X_new has a matching X_close or X_free that the caller calls. Arrays
+ * whose comment says "stb" are stb_ds arrays (arrlen, arrput, arrfree).
+ */
+#ifndef NLA_H
+#define NLA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------ errors, memory */
+
+typedef struct Err {
+    char msg[1024]; /* one line, no newline at the end */
+} Err;
+
+/* Formats the message (control characters become '?', so a hostile file name cannot write to the terminal) and
+ * returns -1, so that a caller can `return fail(err, ...)`. The first message stays: later calls do not overwrite it. */
+int fail(Err *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* malloc/calloc/strdup that end the program with one line and exit status 1 when memory runs out. For small things;
+ * what grows with the model or the batch goes through Engine.alloc, which reports an error. */
+void *xmalloc(size_t bytes);
+void *xcalloc(size_t count, size_t bytes);
+char *xstrdup(const char *text);
+char *xstrndup(const char *text, size_t len);
+char *xprintf(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* ------------------------------------------------------------------------------------------------ files: mapped, JSON */
+
+/* A whole file, mapped read-only. If the file shrinks while it is mapped, reading past its new end ends the program
+ * with one line naming the file and exit status 1 (file_guard installs the SIGBUS handler that does so). */
+typedef struct {
+    char *path;
+    const char *data; /* NULL when the file is empty */
+    size_t len;
+} File;
+
+void file_guard(void);
+int file_map(File *file, const char *path, Err *err); /* fails on directories, devices, unreadable files */
+void file_unmap(File *file);
+
+/* Writes `len` bytes to `path` so that a reader sees the old file or the whole new one, never a part: temporary name
+ * beside it, fsync, rename, fsync of the directory. */
+int file_write(const char *path, const void *data, size_t len, Err *err);
+int file_sync_dir(const char *path, Err *err); /* fsync of the directory that holds `path`: makes a rename last */
+
+/* JSON, strict (RFC 8259), read with jsmn. Nodes are indices; 0 is the root, -1 is "none" and every accessor takes it.
+ *   for (int k = json_first(j, object); k >= 0; k = json_next(j, k))   in an object k is the key and k + 1 its value
+ *   for (int v = json_first(j, array);  v >= 0; v = json_next(j, v))   in an array v is the element            */
+typedef struct {
+    const char *text; /* borrowed: must outlive the Json */
+    size_t len;
+    const char *file;     /* borrowed: for messages */
+    struct jsmntok *node; /* owned */
+    int n_nodes;
+} Json;
+
+typedef enum { JSON_NONE, JSON_OBJECT, JSON_ARRAY, JSON_STRING, JSON_NUMBER, JSON_BOOL, JSON_NULL } JsonType;
+
+int json_parse(Json *json, const char *text, size_t len, const char *file, Err *err);
+void json_free(Json *json);
+JsonType json_type(const Json *json, int node);
+int json_first(const Json *json, int node);
+int json_next(const Json *json, int node);
+int json_size(const Json *json, int node); /* elements of an array, pairs of an object, else 0 */
+/* Value of `key` in `object`, or -1. Fails softly on a duplicate key: json_parse has already refused those in objects of
+ * up to 10,000 keys; larger ones (vocabularies) are checked by whoever reads them. */
+int json_get(const Json *json, int object, const char *key);
+bool json_is(const Json *json, int node, const char *text); /* a string equal to text */
+bool json_int(const Json *json, int node, int64_t *value);  /* a number without fraction that fits */
+bool json_double(const Json *json, int node, double *value);
+bool json_bool(const Json *json, int node, bool *value);
+/* The string's bytes, unescaped, NUL-terminated, to be freed; *len (may be NULL) is its length, as it may hold NULs.
+ * NULL when the node is not a string. Lone surrogates become U+FFFD. */
+char *json_string(const Json *json, int node, size_t *len);
+/* The raw bytes between the quotes when they hold no escape (the fast path for vocabularies), else NULL. */
+const char *json_raw(const Json *json, int node, size_t *len);
+/* Writes `text` as a JSON string with its quotes; invalid UTF-8 is written as U+FFFD. */
+void json_write_string(FILE *out, const char *text, size_t len);
+
+/* YAML 1.1 sidecars through libyaml, as a tree. Scalars keep their text; `quoted` tells "150" from 150. Unknown keys
+ * survive a load and save. Aliases are refused (no sidecar needs them, and they can grow without bound). */
+typedef struct Yaml Yaml;
+struct Yaml {
+    enum { YAML_SCALAR, YAML_MAP, YAML_LIST } kind;
+    char *text;  /* scalar */
+    bool quoted; /* scalar written in quotes or as a block */
+    char **key;  /* stb, map */
+    Yaml **item; /* stb, map and list */
+};
+
+Yaml *yaml_load(const char *path, Err *err);
+Yaml *yaml_parse(const char *text, size_t len, const char *file, Err *err);
+void yaml_free(Yaml *node);
+int yaml_save(const Yaml *root, const char *path, Err *err); /* as file_write */
+Yaml *yaml_new(int kind);
+Yaml *yaml_get(const Yaml *map, const char *dotted_path); /* "extraction.layer_index"; NULL when absent */
+/* Sets a scalar at a dotted path, making the maps on the way; replaces what stood there. */
+void yaml_set(Yaml *map, const char *dotted_path, const char *text, bool quoted);
+bool yaml_int(const Yaml *node, int64_t *value);
+bool yaml_double(const Yaml *node, double *value);
+
+/* ------------------------------------------------------------------------------------------------ tensors, safetensors */
+
+typedef enum { DT_F32, DT_BF16, DT_F16, DT_I64, DT_I32, DT_U64, DT_U8, DT_OTHER } DType;
+size_t dtype_size(DType dtype);       /* bytes of one element; 0 for DT_OTHER */
+const char *dtype_name(DType dtype);  /* as safetensors spells it: "BF16" */
+
+enum { MAX_DIMS = 8 };
+typedef struct {
+    const char *name; /* owned by the Safetensors it came from */
+    DType dtype;
+    int n_dims;
+    int64_t shape[MAX_DIMS];
+    const void *data; /* row-major; on the CPU inside the mapped file, never copied */
+    size_t bytes;
+} Tensor;
+
+/* All tensors of one .safetensors file, or of an HF directory (model.safetensors, or the shards named by
+ * model.safetensors.index.json). Everything in the headers is checked against the files' real sizes before it is used:
+ * header length, offsets (inside the file, no overlap, no hole), products that overflow, dtype x shape = bytes,
+ * duplicate names, NUL in names, an index naming tensors that its shards do not hold. */
+typedef struct {
+    File *file;     /* stb */
+    Tensor *tensor; /* stb, in file order */
+    struct NameHash *index; /* stb, sorted: hash of the name -> place in tensor[] */
+} Safetensors;
+
+int safetensors_open(Safetensors *st, const char *path, Err *err);
+void safetensors_close(Safetensors *st);
+const Tensor *safetensors_find(const Safetensors *st, const char *name); /* NULL when absent */
+
+/* Writes a file of n tensors whose data is in memory, atomically (see file_write); data is 8-byte aligned. */
+int safetensors_save(const char *path, const Tensor *tensor, int n, Err *err);
+/* The header alone (8-byte length and JSON, padded with spaces to `pad_to` bytes in all when that is not 0), for a
+ * writer that streams the data itself. To be freed; NULL when it does not fit into pad_to. */
+char *safetensors_header(const Tensor *tensor, int n, size_t pad_to, size_t *len);
+
+float bf16_to_f32(uint16_t bits);
+uint16_t f32_to_bf16(float value); /* round to nearest, ties to even; NaN stays NaN */
+float f16_to_f32(uint16_t bits);
+
+/* ------------------------------------------------------------------------------------------------ configuration */
+
+typedef enum { FAMILY_LLAMA, FAMILY_QWEN2, FAMILY_QWEN3, FAMILY_GEMMA3 } Family;
+
+typedef struct {
+    double theta;
+    double linear_factor;  /* 1 = none: every frequency is divided by it */
+    bool llama3;           /* `llama3` scaling, with the four numbers below */
+    double factor, low_freq_factor, high_freq_factor, original_max_positions;
+} Rope;
+
+typedef struct {
+    int window; /* key j is visible to query i when 0 <= i - j < window; 0 = no limit */
+    int rope;   /* which of Config.rope: 0 global, 1 local (Gemma's sliding layers) */
+} LayerKind;
+
+typedef struct {
+    Family family;
+    char *model_type; /* as config.json says it */
+    int hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ff_size, vocab_size, max_positions;
+    float rms_norm_eps;
+    float embed_scale; /* 1, or sqrt(hidden_size) for Gemma, where the engine rounds it to its compute dtype as HF does */
+    float attn_scale;  /* head_dim^-0.5 or query_pre_attn_scalar^-0.5 */
+    bool tied;         /* lm_head is the embedding */
+    bool qkv_bias, o_bias, mlp_bias;
+    bool qk_norm;       /* RMSNorm of each query and key head before RoPE (Qwen3, Gemma 3) */
+    bool norm_plus_one; /* RMSNorm multiplies by 1 + w (Gemma) */
+    bool post_norms;    /* norms after attention and after the MLP, before the residual add (Gemma) */
+    bool gelu;          /* gelu_tanh gate (Gemma) instead of silu */
+    Rope rope[2];
+    LayerKind *layer; /* [n_layers], owned */
+    int *eos;         /* stb: end-of-sequence ids of config.json and generation_config.json */
+} Config;
+
+/* Reads DIR/config.json (and generation_config.json for eos) with the class defaults of `transformers` for absent keys,
+ * both spellings of RoPE, text_config inside wrappers. Refuses by name what this program does not compute (other
+ * families, activations, rope types, soft-capping, ...). Source: transformers' configuration_{llama,qwen2,qwen3,gemma3}.py */
+int config_load(Config *config, const char *dir, Err *err);
+int config_parse(Config *config, const char *text, size_t len, const char *file, Err *err);
+void config_free(Config *config);
+
+/* ------------------------------------------------------------------------------------------------ tokenizer */
+
+typedef struct Tokenizer Tokenizer;
+
+/* Reads DIR/tokenizer.json and, when present, tokenizer_config.json (chat template, special tokens). */
+Tokenizer *tokenizer_load(const char *dir, Err *err);
+Tokenizer *tokenizer_parse(const char *json, size_t len, const char *file, Err *err); /* tokenizer.json's text alone */
+void tokenizer_free(Tokenizer *tok);
+
+int tokenizer_vocab_size(const Tokenizer *tok); /* largest id + 1 */
+/* Appends the ids of text[0..len) to *ids (stb). `special` adds what the post-processor adds (BOS). Added tokens in the
+ * text are always recognised, as HF does. Invalid UTF-8 is read as U+FFFD. Source: HF tokenizers' `encode`. */
+int tokenizer_encode(const Tokenizer *tok, const char *text, size_t len, bool special, int **ids, Err *err);
+/* The text of n ids, to be freed; *len (may be NULL) is its length. Bytes are joined across tokens, then validated: what
+ * is not UTF-8 becomes U+FFFD. skip_special leaves out special added tokens. Unknown ids are left out, as HF does. */
+char *tokenizer_decode(const Tokenizer *tok, const int *ids, int n, bool skip_special, size_t *len);
+/* The bytes one id adds to the text (for streaming), possibly a part of a character. Borrowed; NULL for unknown ids. */
+const char *tokenizer_piece(const Tokenizer *tok, int id, size_t *len);
+/* The id of exactly this token (content as in the file), or -1. */
+int tokenizer_id(const Tokenizer *tok, const char *token);
+bool tokenizer_is_special(const Tokenizer *tok, int id);
+/* BOS that `special` adds, or -1; the id of tokenizer_config.json's eos_token, or -1. */
+int tokenizer_bos(const Tokenizer *tok);
+int tokenizer_eos(const Tokenizer *tok);
+
+typedef struct {
+    const char *role; /* "system", "user", "assistant" */
+    const char *content;
+} ChatMessage;
+
+/* The conversation as the model's chat template writes it, to be freed (tokenise it with special = false: the template
+ * has its own BOS). The template is recognised by its markers (ChatML with the default system message it names,
+ * Llama 3, Gemma); another template is an error. `date`: Llama 3.1's "Today Date", e.g. "26 Jul 2024"; NULL = that default.
+ * Source: apply_chat_template of each family's tokenizer_config.json. */
+char *chat_render(const Tokenizer *tok, const ChatMessage *message, int n, bool generation_prompt, const char *date,
+                  Err *err);
+
+/* ------------------------------------------------------------------------------------------------ the forest batch */
+
+/* A segment is a run of consecutive tokens whose first follows the last token of its parent. A token attends to all
+ * tokens of its ancestors and causally inside its own segment. A segment with children no longer grows. */
+typedef struct {
+    int parent;   /* segment, or -1: a root */
+    int position; /* of its first token: the sum of its ancestors' lengths */
+    int row;      /* its first row in the key/value cache; its tokens are contiguous from there */
+    int len, cap; /* tokens so far, rows reserved */
+} Segment;
+
+/* Consecutive rows of a batch that are consecutive tokens of one segment. */
+typedef struct {
+    int seg;
+    int row;   /* first row in the batch */
+    int n;     /* rows */
+    int first; /* offset inside the segment of the first of them */
+} Run;
+
+/* ------------------------------------------------------------------------------------------------ the engine: op table */
+
+/* Activations in the engine's own number format: fp32 on the CPU. Only ops look inside. */
+typedef void Act;
+
+/* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
+typedef struct {
+    int n;        /* matrices in the stack, 1 to 3 */
+    Tensor w[3];  /* [O_i, I] */
+    Tensor b[3];  /* [O_i], data NULL when there is none */
+    int in, out;  /* I, sum of O_i */
+} Linear;
+
+typedef struct Engine Engine;
+struct Engine {
+    const char *name;     /* "cpu avx512" */
+    DType act_dtype;      /* of activations */
+    bool bf16_dot;        /* products of bf16-rounded inputs, summed in fp32 (opt-in; CPU with AVX512-BF16) */
+    int threads;
+    void *scratch;        /* the engine's own */
+
+    /* Memory of the engine. alloc zeroes nothing and returns NULL when there is not enough. */
+    Act *(*alloc)(Engine *e, size_t count);
+    void (*free)(Engine *e, void *memory);
+    void (*read)(Engine *e, float *host, const Act *x, size_t offset, size_t count);  /* x[offset..] -> fp32 on the host */
+    void (*write)(Engine *e, Act *x, size_t offset, const float *host, size_t count); /* the other way */
+    void (*close)(Engine *e);
+
+    /* out[n,:] = table[token[n],:] * scale                                             out [N,D], table [V,D] */
+    void (*embed)(Engine *e, Act *out, const Tensor *table, const int *token, int N, int D, float scale);
+
+    /* out[n,:] = x[n,:] / sqrt(mean(x[n,:]^2) + eps) * (plus_one + w)                  out, x [N,D], w [D]
+     * plus_one is 0 or 1. Source: LlamaRMSNorm, Gemma3RMSNorm. out may be x. */
+    void (*rmsnorm)(Engine *e, Act *out, const Act *x, const Tensor *w, int N, int D, float eps, int plus_one);
+
+    /* out[n,:] = x[n,:] W^T + b, W the stack                                           out [N,O], x [N,I] */
+    void (*linear)(Engine *e, Act *out, const Act *x, const Linear *w, int N);
+
+    /* Splits qkv [N, (H+2G)E]: normalises each query and key head (norm NULL: not), rotates them by the row's position
+     * (rotate-half pairing: element i with i + E/2; cos, sin [max position, E/2]) and stores q [N, H*E] and rows
+     * cache_row[n] of the caches k and v, which hold [rows, G*E] in an order that is the engine's own and that only
+     * `attention` needs to know. Source: apply_rotary_pos_emb. */
+    void (*rope_qkv)(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm,
+                     float eps, int plus_one, const float *cos, const float *sin, const int *position,
+                     const int *cache_row, int N, int H, int G, int E);
+
+    /* out[n,h,:] = sum_j softmax_j(scale * q[n,h,:] . k[j,g,:]) v[j,g,:], g = h / (H/G), j over the tokens of the row's
+     * ancestors and its own segment up to itself, and i - j < window when window > 0.   out, q [N, H*E] */
+    void (*attention)(Engine *e, Act *out, const Act *q, const Act *k, const Act *v, const Segment *segment,
+                      const Run *run, int n_runs, int H, int G, int E, float scale, int window);
+
+    /* out[n,f] = act(gate[n,f]) * up[n,f], act = silu or gelu_tanh                     gate_up [N,2F] -> out [N,F] */
+    void (*gated)(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu);
+
+    void (*add)(Engine *e, Act *x, const Act *y, size_t count); /* x += y */
+
+    void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
+
+    /* Draws one token a row from logits [n,V]: softmax(logits / temperature), cut to the top_k largest (0: all; ties at
+     * the border all stay), then to the smallest set that reaches top_p (1: all), in the order HF applies them; the draw
+     * is the inverse distribution function at uniform[i] in [0,1). Temperature 0 takes the lowest id among the largest.
+     * logprob[i]: of the drawn token under the uncut softmax at this temperature (at 1 when it is 0). */
+    void (*sample)(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
+                   float top_p, const double *uniform);
+};
+
+/* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
+ * threads 0 = all. Fails when bf16_dot is asked of a processor without it. NLA_CPU=avx512|avx2|any picks a narrower one. */
+Engine *engine_open(int threads, bool bf16_dot, Err *err);
+
+/* ------------------------------------------------------------------------------------------------ the model */
+
+typedef struct {
+    Tensor attn_in_norm;  /* input_layernorm */
+    Tensor attn_out_norm; /* Gemma: post_attention_layernorm, before the residual add */
+    Tensor mlp_in_norm;   /* post_attention_layernorm; Gemma: pre_feedforward_layernorm */
+    Tensor mlp_out_norm;  /* Gemma: post_feedforward_layernorm */
+    Tensor q_norm, k_norm;
+    Linear qkv, o, gate_up, down;
+} Block;
+
+typedef struct {
+    Config config;
+    Safetensors files;
+    char *dir;
+    Tensor embed;      /* [V,D] */
+    Tensor final_norm; /* data NULL when absent (an AR has none) */
+    Linear lm_head;    /* n = 0 when absent */
+    Block *block;      /* [L] */
+    Engine *engine;    /* borrowed */
+} Model;
+
+/* Maps DIR's weights and checks every tensor's presence and shape against config.json, by name. */
+int model_load(Model *model, const char *dir, Engine *engine, Err *err);
+void model_free(Model *model);
+size_t model_parameters(const Model *model);
+
+/* Key/value cache and working memory for forward passes over one forest. */
+typedef struct {
+    Model *model;
+    int blocks;             /* how many blocks are run: L, or K+1 when only the residual stream at K is wanted */
+    int max_rows;           /* largest batch */
+    int cache_rows, used;   /* rows of the cache, rows given to segments */
+    Segment *segment;       /* stb */
+    Act **k, **v;           /* [blocks], each [cache_rows, G*E]; segments start at multiples of CACHE_ALIGN rows */
+    float *cos[2], *sin[2]; /* [max position, E/2] for global and local RoPE */
+    int n_positions;
+    Act *x, *xn, *qkv, *q, *att, *proj, *gate_up, *gated; /* [max_rows, ...] */
+    Act *logits;            /* [LOGIT_ROWS, V] */
+    int *position, *cache_row;
+    size_t bytes;           /* all of the above */
+} Forest;
+
+enum {
+    LOGIT_ROWS = 64,  /* logits are made this many rows at a time, never for a whole batch */
+    CACHE_ALIGN = 16, /* rows: lets an engine keep keys in blocks of up to 16 */
+    MAX_DEPTH = 64    /* ancestors of a segment, itself included */
+};
+
+/* A forest of up to cache_rows tokens in all, batches of up to max_rows, running blocks 0..blocks-1. */
+int forest_open(Forest *forest, Model *model, int blocks, int cache_rows, int max_rows, Err *err);
+void forest_close(Forest *forest);
+void forest_clear(Forest *forest); /* forgets all segments, keeps the memory */
+/* A new empty segment with room for `cap` tokens; its index, or -1 when the cache is full or the position too large. */
+int forest_add(Forest *forest, int parent, int cap, Err *err);
+/* Bytes a forest of that size takes, without making it (for --plan and inspect). */
+size_t forest_bytes(const Config *config, int blocks, int cache_rows, int max_rows);
+
+/* Tokens to append to segments of a forest: rows of one forward pass. Zero it before use. */
+typedef struct {
+    int *token;   /* stb [N] */
+    Run *run;     /* stb, parents before children */
+    int *out_row; /* stb: rows whose logits are wanted, ascending */
+} Batch;
+
+void batch_clear(Batch *batch);
+void batch_free(Batch *batch);
+/* Appends n tokens to segment `seg`; want_logits: 0 none, 1 of the last token, 2 of all. */
+void batch_add(Batch *batch, const Forest *forest, int seg, const int *token, int n, int want_logits);
+
+/* What happens along a forward pass, for capture, dump and parity. `seen` gets every module's output, [rows, width], still
+ * in the engine. Modules carry HF's names: "model.embed_tokens", "self_attn", "mlp" and "" (the block itself: the residual
+ * stream after it) with their layer, "model.norm", "lm_head"; layer is -1 outside the blocks. */
+typedef struct {
+    void *context;
+    void (*seen)(void *context, Engine *engine, const char *module, int layer, const Act *data, int first_row, int rows,
+                 int width); /* first_row: of the batch, or for model.norm and lm_head of out_row */
+} Tap;
+
+/* Receives the logits of the wanted rows, in order, up to LOGIT_ROWS at a time: logits [n,V] (in the engine, valid during
+ * the call) belong to out_row[first .. first+n). */
+typedef struct {
+    void *context;
+    void (*rows)(void *context, Engine *engine, const Act *logits, int first, int n);
+} LogitSink;
+
+/* Runs the batch: appends its tokens to the forest's segments, and hands the wanted rows' logits to `logits` and the
+ * intermediates to `tap` (either may be NULL). Fails before any change when the batch does not fit (rows, capacity, token
+ * ids outside the vocabulary, no lm_head for logits). Formulas: the modelling files of transformers, see model.c. */
+int model_forward(Forest *forest, const Batch *batch, const LogitSink *logits, const Tap *tap, Err *err);
+
+/* ------------------------------------------------------------------------------------------------ sampling */
+
+typedef struct {
+    float temperature; /* 0 = greedy */
+    int top_k;         /* 0 = all */
+    float top_p;       /* 1 = all */
+    uint64_t seed;
+} Sampler;
+
+/* A uniform number in [0,1) keyed by four integers (XXH3): a row's draw never depends on its neighbours. */
+double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c);
+
+/* ------------------------------------------------------------------------------------------------ data */
+
+/* Documents, one at a time: from JSONL (`text` field, or `prompt`), plain text (a file is one document), a directory of
+ * text files (sorted by name) or "-" (stdin: JSONL when the first byte is '{', else lines). Gzip by name (.gz), through a pipe. */
+typedef struct Corpus Corpus;
+typedef struct {
+    char *id;   /* `doc_id`/`id` of the row, else the file name or line number */
+    char *text; /* UTF-8, maybe invalid */
+    size_t len;
+} Document;
+Corpus *corpus_open(const char *path, Err *err);
+int corpus_next(Corpus *corpus, Document *doc, Err *err); /* 1 a document (borrowed until the next call), 0 the end, -1 */
+void corpus_close(Corpus *corpus);
+
+/* Writer of a dataset directory (../docs/formats.md): rows are appended, the directory appears under its name when
+ * dataset_finish succeeds. */
+typedef struct DatasetWriter DatasetWriter;
+DatasetWriter *dataset_create(const char *dir, int d_model, Err *err);
+int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_tokens, uint64_t row_id, const char *doc_id,
+                   const char *text, size_t text_len, Err *err);
+int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err); /* frees w either way; sets row_count in the sidecar */
+void dataset_abandon(DatasetWriter *w);                        /* removes what was written */
+
+#ifdef __cplusplus
+}
+#endif
+#endif
