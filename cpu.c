@@ -118,7 +118,8 @@ enum {
     BLOCK_ROWS = 120,   /* rows of x that are packed at once: they stay in the L2 cache, */
     BLOCK_K = 1024,     /* ... this many columns of them */
     KEY_TILE = 64,      /* keys that attention treats at once */
-    QUERY_TILE = 96     /* (query, head) pairs that share them */
+    QUERY_TILE = 96,    /* (query, head) pairs that share them */
+    WORTH_THREADS = 200000 /* multiply-adds below which waking other threads costs more than it saves */
 };
 
 typedef struct {
@@ -359,6 +360,17 @@ static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k
     }
 }
 
+/* Asks for the next strip while this one is being multiplied: with few rows (decoding) the product waits for memory. */
+static void prefetch_strip(const Tensor *w, int O, int o, int K, int k0, int kc) {
+    size_t size = dtype_size(w->dtype);
+    for (int j = 0; j < 4 && o + j < O; j++) {
+        const char *row = (const char *)w->data + ((size_t)(o + j) * (size_t)K + (size_t)k0) * size;
+        for (size_t i = 0; i < (size_t)kc * size; i += 64) {
+            __builtin_prefetch(row + i, 0, 2);
+        }
+    }
+}
+
 typedef struct {
     float *out; /* the stack's own columns of the output: out[n * ldo + o] */
     size_t ldo;
@@ -378,6 +390,7 @@ static void product_block(const Product *p, Scratch *s, int row, int rows, int f
         pack_x(s->packed_x, p->x + (size_t)row * (size_t)p->K, rows, p->K, k0, kc, width, p->bf16);
         for (int o = from; o < to; o += 4) {
             pack_strip(s->strip, p->w, p->O, o, p->K, k0, kc, width, p->bf16);
+            prefetch_strip(p->w, to, o + 4, p->K, k0, kc);
             int columns = to - o < 4 ? to - o : 4;
             float bias[4] = {0};
             if (p->b->data && k0 == 0) {
@@ -406,16 +419,17 @@ static void product_block(const Product *p, Scratch *s, int row, int rows, int f
 static void cpu_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     Cpu *cpu = e->scratch;
     int blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    /* Few row blocks (decoding): the outputs are divided, so that all threads have work. */
-    int pieces = blocks >= 4 * e->threads ? 1 : (4 * e->threads + blocks - 1) / blocks;
+    /* Few row blocks: the outputs are divided too, so that all threads have work until the end. */
+    int tasks = blocks == 1 ? 2 * e->threads : 8 * e->threads, pieces = (tasks + blocks - 1) / blocks;
     int column = 0;
+    bool small = (double)N * w->in * w->out < WORTH_THREADS;
     for (int m = 0; m < w->n; m++) {
         int O = (int)w->w[m].shape[0];
         Product p = {(float *)out + column, (size_t)w->out, x, &w->w[m], &w->b[m], O, w->in, e->bf16_dot};
         int piece = (int)round_up((size_t)((O + pieces - 1) / pieces), 4);
         int per_block = (O + piece - 1) / piece;
         int rows = (N + blocks - 1) / blocks;
-#pragma omp parallel for schedule(dynamic) num_threads(e->threads)
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (!small)
         for (int task = 0; task < blocks * per_block; task++) {
             int row = task / per_block * rows, from = task % per_block * piece;
             int n = N - row < rows ? N - row : rows, to = O - from < piece ? O : from + piece;
@@ -461,7 +475,7 @@ INLINE void rmsnorm_row(float *out, const float *x, const float *w, int D, float
 static void cpu_rmsnorm(Engine *e, Act *out, const Act *x, const Tensor *w, int N, int D, float eps, int plus_one) {
     Cpu *cpu = e->scratch;
     const float *weight = widened_norm(&cpu->thread[0], w, D, plus_one);
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 16)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * D > WORTH_THREADS / 4)
     for (int n = 0; n < N; n++) {
         size_t at = (size_t)n * (size_t)D;
         rmsnorm_row((float *)out + at, (const float *)x + at, weight, D, eps);
@@ -469,7 +483,7 @@ static void cpu_rmsnorm(Engine *e, Act *out, const Act *x, const Tensor *w, int 
 }
 
 static void cpu_gated(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu) {
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 4)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * F > WORTH_THREADS / 16)
     for (int n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + (size_t)n * 2 * (size_t)F, *up = gate + F;
         float *row = (float *)out + (size_t)n * (size_t)F;
@@ -530,7 +544,7 @@ static void cpu_rope_qkv(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, cons
                          const int *cache_row, int N, int H, int G, int E) {
     Cpu *cpu = e->scratch;
     size_t width = (size_t)(H + 2 * G) * (size_t)E, half = (size_t)E / 2;
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (N > 4)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * (double)width > WORTH_THREADS / 8)
     for (int n = 0; n < N; n++) {
         Scratch *s = &cpu->thread[omp_get_thread_num()];
         const float *in = (const float *)qkv + (size_t)n * width;
@@ -743,6 +757,7 @@ static void cpu_attention(Engine *e, Act *out, const Act *q, const Act *k, const
     Attention a = {q, k, v, out, segment, run, H, G, E, window, scale};
     int group = H / G, step = QUERY_TILE / group;
     size_t head = round_up((size_t)E, LANES), n_items = 0;
+    double work = 0; /* multiply-adds, at most */
     for (int t = 0; t < e->threads; t++) {
         Scratch *s = &cpu->thread[t];
         s->q = grow(s->q, &s->head_room, (2 * QUERY_TILE + KEY_TILE) * head);
@@ -751,6 +766,7 @@ static void cpu_attention(Engine *e, Act *out, const Act *q, const Act *k, const
     }
     for (int r = 0; r < n_runs; r++) {
         n_items += (size_t)((run[r].n + step - 1) / step) * (size_t)G;
+        work += 2.0 * run[r].n * (segment[run[r].seg].position + segment[run[r].seg].len) * H * E;
     }
     if (n_items > cpu->item_room) {
         free(cpu->item);
@@ -766,7 +782,7 @@ static void cpu_attention(Engine *e, Act *out, const Act *q, const Act *k, const
             }
         }
     }
-#pragma omp parallel for schedule(dynamic) num_threads(e->threads)
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (work > WORTH_THREADS)
     for (size_t i = 0; i < n_items; i++) {
         attend(&a, &cpu->item[i], &cpu->thread[omp_get_thread_num()]);
     }
@@ -898,7 +914,7 @@ static void sample_row(const float *logits, int V, float temperature, int top_k,
 
 static void cpu_sample(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
                        float top_p, const double *uniform) {
-#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1 && (double)n * V > WORTH_THREADS / 8)
     for (int i = 0; i < n; i++) {
         sample_row((const float *)logits + (size_t)i * (size_t)V, V, temperature, top_k, top_p, uniform ? uniform[i] : 0,
                    &token[i], logprob ? &logprob[i] : NULL);

@@ -61,7 +61,7 @@ typedef struct {
     Option option[16];
 } Command;
 
-static const Command commands[];
+static const Command *find_command(const char *name);
 
 /* Edits (insert, delete, replace) that turn a into b; for "did you mean". */
 static int edit_distance(const char *a, const char *b) {
@@ -83,15 +83,6 @@ static int edit_distance(const char *a, const char *b) {
         }
     }
     return row[n];
-}
-
-static const Command *find_command(const char *name) {
-    for (const Command *c = commands; c->name; c++) {
-        if (strcmp(c->name, name) == 0) {
-            return c;
-        }
-    }
-    return NULL;
 }
 
 /* The next option of a command: its own first, then the common ones. */
@@ -314,7 +305,7 @@ static int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err) {
             p = *end ? end + 1 : end;
         }
     } else {
-        size_t len;
+        size_t len = 0;
         const char *given = arrlen(s->argument) ? s->argument[0] : "-";
         char *text = strcmp(given, "-") == 0 ? read_stdin(&len, err) : xstrdup(given);
         if (!text) {
@@ -535,7 +526,7 @@ static int inspect_sidecar(const char *path, Err *err) {
 }
 
 static int inspect_model(const Settings *s, const char *dir, Err *err) {
-    Engine *engine;
+    Engine *engine = NULL;
     Model m;
     if (open_engine(&engine, s, err) != 0) {
         return -1;
@@ -958,7 +949,8 @@ static Yaml *capture_sidecar(const Settings *s, const Model *m, int layer) {
     Yaml *y = yaml_new(YAML_MAP);
     char *number = xprintf("%d", layer), *width = xprintf("%d", m->config.hidden_size), stamp[32];
     time_t t = time(NULL);
-    strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime(&t));
+    struct tm utc;
+    strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &utc));
     char *id = xprintf("%s-L%d", s->out, layer);
     yaml_set(y, "kind", "nla_dataset", false);
     yaml_set(y, "schema_version", "1", false);
@@ -1048,6 +1040,9 @@ static int run_capture(const Settings *s, Err *err) {
         if (status == 0) {
             Yaml *sidecar = capture_sidecar(s, &l.model, c.layer[i]);
             status = dataset_finish(c.writer[i], sidecar, err);
+            if (status == 0 && s->json) {
+                printf("{\"layer\": %d, \"rows\": %s, \"width\": %d}\n", c.layer[i], yaml_get(sidecar, "row_count")->text, c.width);
+            }
             yaml_free(sidecar);
         } else if (c.writer[i]) {
             dataset_abandon(c.writer[i]);
@@ -1138,6 +1133,9 @@ static int run_dump(const Settings *s, Err *err) {
     }
     if (status == 0) {
         note(s, "%s: %d tensors of %d tokens\n", s->out, (int)arrlen(d.tensor), d.rows);
+        if (s->json) {
+            printf("{\"tensors\": %d, \"tokens\": %d}\n", (int)arrlen(d.tensor), d.rows);
+        }
     }
     for (int i = 0; i < (int)arrlen(d.tensor); i++) {
         free((char *)d.tensor[i].name);
@@ -1410,6 +1408,15 @@ static const Command commands[] = {
     {0},
 };
 
+static const Command *find_command(const char *name) {
+    for (const Command *c = commands; c->name; c++) {
+        if (strcmp(c->name, name) == 0) {
+            return c;
+        }
+    }
+    return NULL;
+}
+
 static void print_option(const Option *o) {
     char left[64];
     snprintf(left, sizeof left, "--%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
@@ -1442,7 +1449,7 @@ static int run_help(const Settings *s, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ main */
 
-static int nla_main(int argc, char **argv) {
+int nla_main(int argc, char **argv) {
     Err err = {0};
     Settings s = {.command = argc > 1 ? argv[1] : "help", .positions = "all", .samples = 1, .max_tokens = 200,
                   .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1};

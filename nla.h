@@ -32,7 +32,10 @@ typedef struct Err {
 
 /* Formats the message (control characters become '?', so a hostile file name cannot write to the terminal) and
  * returns -1, so that a caller can `return fail(err, ...)`. The first message stays: later calls do not overwrite it. */
-int fail(Err *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int(fail)(Err *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
+#ifdef __clang_analyzer__ /* which cannot see from another file that fail always returns -1 */
+#define fail(...) (fail(__VA_ARGS__), -1)
+#endif
 
 /* malloc/calloc/strdup that end the program with one line and exit status 1 when memory runs out. For small things;
  * what grows with the model or the batch goes through Engine.alloc, which reports an error. */
@@ -68,7 +71,7 @@ typedef struct {
     const char *text; /* borrowed: must outlive the Json */
     size_t len;
     const char *file;     /* borrowed: for messages */
-    struct jsmntok *node; /* owned */
+    void *node;           /* owned: jsmn's tokens */
     int n_nodes;
 } Json;
 
@@ -96,7 +99,7 @@ const char *json_raw(const Json *json, int node, size_t *len);
 void json_write_string(FILE *out, const char *text, size_t len);
 
 /* YAML 1.1 sidecars through libyaml, as a tree. Scalars keep their text; `quoted` tells "150" from 150. Unknown keys
- * survive a load and save. Aliases are refused (no sidecar needs them, and they can grow without bound). */
+ * survive a load and save; the root is always a map. Aliases are refused (no sidecar needs them, and they can grow without bound). */
 typedef struct Yaml Yaml;
 struct Yaml {
     enum { YAML_SCALAR, YAML_MAP, YAML_LIST } kind;
@@ -108,6 +111,7 @@ struct Yaml {
 
 Yaml *yaml_load(const char *path, Err *err);
 Yaml *yaml_parse(const char *text, size_t len, const char *file, Err *err);
+#define yaml_free nla_yaml_free /* libyaml exports a yaml_free that it calls itself: ours must not take its place */
 void yaml_free(Yaml *node);
 int yaml_save(const Yaml *root, const char *path, Err *err); /* as file_write */
 Yaml *yaml_new(int kind);
@@ -449,6 +453,9 @@ int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_toke
                    const char *text, size_t text_len, Err *err);
 int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err); /* frees w either way; sets row_count in the sidecar */
 void dataset_abandon(DatasetWriter *w);                        /* removes what was written */
+
+/* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
+int nla_main(int argc, char **argv);
 
 #ifdef __cplusplus
 }

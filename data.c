@@ -1,0 +1,486 @@
+/* data.c - documents in, datasets out.
+ *
+ * Corpus reads documents one at a time from JSONL, text files, a directory of them or stdin, gzip or not. DatasetWriter
+ * appends rows to a dataset directory of docs/formats.md: vectors go straight to disk, and the directory gets its name only
+ * when everything in it is complete and synced. It does not tokenise, choose positions or read datasets back: nla.c does
+ * the former, safetensors.c opens the latter.
+ *
+ * What must stay true: memory does not grow with the corpus or the dataset (but for 16 bytes a row); nothing unreadable
+ * is skipped silently; a run that fails leaves no half-written dataset under its final name.
+ */
+#define _GNU_SOURCE /* pipe2, environ */
+#include "nla.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <stb/stb_ds.h>
+
+static const size_t MAX_DOCUMENT = (size_t)1
+                                   << 30; /* a gzip bomb without a newline ends here, not at the last byte of RAM */
+enum { READ_BYTES = 1 << 18 };
+
+/* ------------------------------------------------------------------------------------------------ corpus: bytes */
+
+typedef enum { JSONL, LINES, WHOLE, JSONL_OR_LINES } Form;
+
+struct Corpus {
+    char **path; /* stb: the files, in the order they are read */
+    int next;    /* the one to open next; path[next - 1] is open */
+    int fd;      /* -1: none is open */
+    pid_t gzip;  /* the process that unpacks into fd, or 0 */
+    Form form;
+    int64_t line; /* lines read so far; WHOLE: documents */
+    char *buffer; /* [READ_BYTES], bytes at..filled not used yet */
+    size_t at, filled;
+    char *text;   /* stb: the line or file being read */
+    Document doc; /* owned; what corpus_next lent last */
+};
+
+static const char *current(const Corpus *c) {
+    return c->path[c->next - 1];
+}
+
+static const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+/* Unpacks `packed` through `gzip -dc`, whose output *fd then is. No shell, and the file is its stdin, so that no file
+ * name can be an option. Its own words go to /dev/null: the exit status tells, and our line names the file. */
+static int start_gzip(const char *path, int packed, int *fd, pid_t *process, Err *err) {
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC)) return fail(err, "%s: no pipe for gzip: %s", path, strerror(errno));
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, packed, STDIN_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
+    char gzip[] = "gzip", option[] = "-dc", *arguments[] = {gzip, option, NULL};
+    int error = posix_spawnp(process, gzip, &actions, NULL, arguments, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    close(ends[1]);
+    *fd = ends[0];
+    if (!error) return 0;
+    close(ends[0]);
+    *process = 0;
+    *fd = -1;
+    return fail(err, "%s: cannot start gzip: %s", path, strerror(error));
+}
+
+static int wait_gzip(Corpus *c, Err *err) {
+    int status;
+    pid_t process = c->gzip;
+    c->gzip = 0;
+    while (waitpid(process, &status, 0) < 0)
+        if (errno != EINTR) return fail(err, "%s: lost the gzip process: %s", current(c), strerror(errno));
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return 0;
+    return fail(err, "%s: gzip cannot unpack it; is the file complete?", current(c));
+}
+
+static void close_file(Corpus *c) {
+    if (c->fd > STDIN_FILENO) close(c->fd);
+    c->fd = -1;
+    if (!c->gzip) return;
+    Err ignored = {0};
+    kill(c->gzip, SIGTERM); /* the corpus is closed before its end */
+    wait_gzip(c, &ignored);
+}
+
+/* Refills the empty buffer: 1 there are bytes, 0 the end, -1 an error. */
+static int fill(Corpus *c, Err *err) {
+    ssize_t got;
+    do got = read(c->fd, c->buffer, READ_BYTES);
+    while (got < 0 && errno == EINTR);
+    if (got < 0) return fail(err, "%s: %s", current(c), strerror(errno));
+    c->at = 0;
+    c->filled = (size_t)got;
+    if (got == 0 && c->gzip) return wait_gzip(c, err);
+    return got > 0;
+}
+
+/* Appends the buffer up to and including the next `end`, or all of it (end < 0), to text. */
+static bool take(Corpus *c, int end) {
+    const char *start = c->buffer + c->at;
+    size_t there = c->filled - c->at;
+    const char *found = end < 0 ? NULL : memchr(start, end, there);
+    size_t n = found ? (size_t)(found - start) + 1 : there;
+    memcpy(arraddnptr(c->text, n), start, n);
+    c->at += n;
+    return found;
+}
+
+/* Reads the next line, or all of the file (end < 0), into text: 1 read, 0 the file is at its end, -1 an error. */
+static int read_text(Corpus *c, int end, Err *err) {
+    arrsetlen(c->text, 0);
+    for (int more = 1;;) {
+        if (c->at == c->filled) more = fill(c, err);
+        if (more < 0) return -1;
+        if (more == 0) break;
+        if (take(c, end)) break;
+        if (arrlenu(c->text) > MAX_DOCUMENT)
+            return fail(err, "%s: line %lld: longer than 1 GiB", current(c), (long long)c->line + 1);
+    }
+    return arrlenu(c->text) > 0;
+}
+
+static void cut_line_end(Corpus *c) {
+    if (arrlen(c->text) && arrlast(c->text) == '\n') (void)arrpop(c->text);
+    if (arrlen(c->text) && arrlast(c->text) == '\r') (void)arrpop(c->text);
+}
+
+/* ------------------------------------------------------------------------------------------------ corpus: documents */
+
+static int lend(Corpus *c, char *id, char *text, size_t len) {
+    free(c->doc.id);
+    free(c->doc.text);
+    c->doc = (Document){.id = id, .text = text, .len = len};
+    return 1;
+}
+
+static char *line_id(const Corpus *c) {
+    return xprintf("%s:%lld", base_name(current(c)), (long long)c->line);
+}
+
+static char *row_id(const Corpus *c, const Json *json) {
+    int node = json_get(json, 0, "doc_id");
+    if (node < 0) node = json_get(json, 0, "id");
+    int64_t number;
+    if (json_type(json, node) == JSON_STRING) return json_string(json, node, NULL);
+    if (json_int(json, node, &number)) return xprintf("%lld", (long long)number);
+    return line_id(c);
+}
+
+/* "doc_id, content, url", for the message about the key that is not there. */
+static char *keys_of(const Json *json) {
+    char *list = xstrdup("");
+    int left = 12;
+    for (int k = json_first(json, 0); k >= 0 && left--; k = json_next(json, k)) {
+        char *key = json_string(json, k, NULL);
+        char *longer = xprintf("%s%s%.40s", list, *list ? ", " : "", left ? key : "...");
+        free(key);
+        free(list);
+        list = longer;
+    }
+    return list;
+}
+
+static int lend_row(Corpus *c, const Json *json, Err *err) {
+    if (json_type(json, 0) != JSON_OBJECT) return fail(err, "%s: not a JSON object", json->file);
+    int node = json_get(json, 0, "text");
+    if (node < 0) node = json_get(json, 0, "prompt");
+    size_t len;
+    char *text = json_string(json, node, &len);
+    if (text) return lend(c, row_id(c, json), text, len);
+    if (node >= 0) return fail(err, "%s: the text is not a string", json->file);
+    char *keys = keys_of(json);
+    fail(err, "%s: no \"text\" or \"prompt\"; the keys are: %s", json->file, keys);
+    free(keys);
+    return -1;
+}
+
+static int parse_row(Corpus *c, Err *err) {
+    Json json;
+    char *place = xprintf("%s: line %lld", current(c), (long long)c->line);
+    int status = json_parse(&json, c->text, arrlenu(c->text), place, err);
+    if (!status) status = lend_row(c, &json, err);
+    json_free(&json);
+    free(place);
+    return status;
+}
+
+static int next_line(Corpus *c, Err *err) {
+    for (;;) {
+        int more = read_text(c, '\n', err);
+        if (more <= 0) return more;
+        c->line++;
+        cut_line_end(c);
+        size_t len = arrlenu(c->text), blank = 0;
+        while (blank < len && (c->text[blank] == ' ' || c->text[blank] == '\t')) blank++;
+        if (blank == len) continue;
+        return c->form == JSONL ? parse_row(c, err) : lend(c, line_id(c), xstrndup(c->text, len), len);
+    }
+}
+
+static int whole_file(Corpus *c, Err *err) {
+    if (c->line++) return 0;
+    if (read_text(c, -1, err) < 0) return -1;
+    return lend(c, xstrdup(base_name(current(c))), xstrndup(c->text, arrlenu(c->text)), arrlenu(c->text));
+}
+
+/* ------------------------------------------------------------------------------------------------ corpus: files */
+
+static bool ends_with(const char *text, size_t len, const char *end) {
+    size_t n = strlen(end);
+    return len >= n && !memcmp(text + len - n, end, n);
+}
+
+/* JSONL by name; .json too, as data sets on the hub are often called so. */
+static Form form_of(const char *path) {
+    size_t len = strlen(path);
+    if (ends_with(path, len, ".gz")) len -= 3;
+    bool json = ends_with(path, len, ".jsonl") || ends_with(path, len, ".ndjson") || ends_with(path, len, ".json");
+    return json ? JSONL : WHOLE;
+}
+
+/* 1 the next file is open, 0 there is none, -1 an error. */
+static int open_next(Corpus *c, Err *err) {
+    if (c->next == arrlen(c->path)) return 0;
+    const char *path = c->path[c->next++];
+    c->line = 0;
+    c->at = c->filled = 0;
+    if (c->form == JSONL_OR_LINES) { /* stdin: its first byte tells */
+        c->fd = STDIN_FILENO;
+        int more = fill(c, err);
+        c->form = more > 0 && c->buffer[0] == '{' ? JSONL : LINES;
+        return more < 0 ? -1 : 1;
+    }
+    c->form = form_of(path);
+    c->fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (c->fd < 0) return fail(err, "%s: %s", path, strerror(errno));
+    if (!ends_with(path, strlen(path), ".gz")) return 1;
+    int packed = c->fd;
+    int status = start_gzip(path, packed, &c->fd, &c->gzip, err);
+    close(packed);
+    return status ? -1 : 1;
+}
+
+static int by_name(const void *left, const void *right) {
+    return strcmp(*(char *const *)left, *(char *const *)right);
+}
+
+/* Hidden files and directories inside are left out. */
+static int list_directory(Corpus *c, const char *dir, Err *err) {
+    DIR *stream = opendir(dir);
+    if (!stream) return fail(err, "%s: %s", dir, strerror(errno));
+    for (struct dirent *entry; errno = 0, (entry = readdir(stream));) {
+        if (entry->d_name[0] == '.') continue;
+        char *path = xprintf("%s/%s", dir, entry->d_name);
+        struct stat info;
+        if (stat(path, &info) || !S_ISDIR(info.st_mode))
+            arrput(c->path, path); /* a dangling link fails when opened */
+        else
+            free(path);
+    }
+    int error = errno;
+    closedir(stream);
+    if (error) return fail(err, "%s: %s", dir, strerror(error));
+    if (!arrlen(c->path)) return fail(err, "%s: no files in this directory", dir);
+    qsort(c->path, arrlenu(c->path), sizeof *c->path, by_name);
+    return 0;
+}
+
+static int list_files(Corpus *c, const char *path, Err *err) {
+    struct stat info;
+    if (!strcmp(path, "-")) {
+        c->form = JSONL_OR_LINES;
+        arrput(c->path, xstrdup("stdin"));
+        return 0;
+    }
+    if (stat(path, &info)) return fail(err, "%s: %s", path, strerror(errno));
+    if (S_ISDIR(info.st_mode)) return list_directory(c, path, err);
+    arrput(c->path, xstrdup(path));
+    return 0;
+}
+
+Corpus *corpus_open(const char *path, Err *err) {
+    Corpus *c = xcalloc(1, sizeof *c);
+    c->fd = -1;
+    c->form = WHOLE;
+    c->buffer = xmalloc(READ_BYTES);
+    if (!list_files(c, path, err)) return c;
+    corpus_close(c);
+    return NULL;
+}
+
+int corpus_next(Corpus *c, Document *doc, Err *err) {
+    for (;;) {
+        int status = c->fd < 0 ? open_next(c, err) : 1;
+        if (status <= 0) return status;
+        status = c->form == WHOLE ? whole_file(c, err) : next_line(c, err);
+        if (status < 0) return -1;
+        if (status > 0) {
+            *doc = c->doc;
+            return 1;
+        }
+        close_file(c);
+    }
+}
+
+void corpus_close(Corpus *c) {
+    if (!c) return;
+    close_file(c);
+    for (int i = 0; i < arrlen(c->path); i++) free(c->path[i]);
+    arrfree(c->path);
+    arrfree(c->text);
+    free(c->buffer);
+    free(c->doc.id);
+    free(c->doc.text);
+    free(c);
+}
+
+/* ------------------------------------------------------------------------------------------------ dataset writer */
+
+static const char VECTORS[] = "activations.safetensors", ROWS[] = "rows.jsonl", SIDECAR[] = "nla_meta.yaml";
+enum { HEADER_BYTES = 1024 }; /* kept free in front of the vectors; three tensors take under 400 */
+
+struct DatasetWriter {
+    char *dir, *temp;
+    int d_model;
+    FILE *vectors, *rows;
+    int64_t *n_raw_tokens; /* stb: [N], written behind the vectors at the end */
+    uint64_t *row_id;      /* stb: [N] */
+};
+
+static int write_failed(const DatasetWriter *w, const char *name, Err *err) {
+    return fail(err, "%s/%s: cannot write: %s", w->temp, name, strerror(errno));
+}
+
+static int check_target(const char *dir, Err *err) {
+    const char *name = base_name(dir);
+    if (!*name || !strcmp(name, ".") || !strcmp(name, ".."))
+        return fail(err, "%s: give the dataset directory a name of its own", dir);
+    DIR *stream = opendir(dir);
+    if (!stream && errno == ENOENT) return 0;
+    if (!stream) return fail(err, "%s: %s", dir, strerror(errno));
+    bool empty = true;
+    for (struct dirent *entry; (entry = readdir(stream));)
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..")) empty = false;
+    closedir(stream);
+    return empty ? 0 : fail(err, "%s: exists and is not empty; remove it or name another directory", dir);
+}
+
+static FILE *create_file(const DatasetWriter *w, const char *name, Err *err) {
+    char *path = xprintf("%s/%s", w->temp, name);
+    FILE *file = fopen(path, "wxe");
+    if (!file) write_failed(w, name, err);
+    free(path);
+    return file;
+}
+
+static int create_files(DatasetWriter *w, Err *err) {
+    static const char room[HEADER_BYTES];
+    w->vectors = create_file(w, VECTORS, err);
+    w->rows = create_file(w, ROWS, err);
+    if (!w->vectors || !w->rows) return -1;
+    return fwrite(room, 1, sizeof room, w->vectors) == sizeof room ? 0 : write_failed(w, VECTORS, err);
+}
+
+DatasetWriter *dataset_create(const char *dir, int d_model, Err *err) {
+    size_t len = strlen(dir);
+    while (len > 1 && dir[len - 1] == '/') len--;
+    DatasetWriter *w = xcalloc(1, sizeof *w);
+    w->dir = xstrndup(dir, len);
+    w->d_model = d_model;
+    /* The int64 behind the vectors must be aligned for any number of rows, and safetensors allows no gap. */
+    int status = d_model < 1 || d_model % 2 ? fail(err, "%s: d_model %d is not even and positive", w->dir, d_model)
+                                            : check_target(w->dir, err);
+    char *temp = xprintf("%s.tmp-%ld", w->dir, (long)getpid());
+    if (!status && mkdir(temp, 0777)) status = fail(err, "%s: cannot create it: %s", temp, strerror(errno));
+    if (status)
+        free(temp);
+    else
+        w->temp = temp, status = create_files(w, err);
+    if (!status) return w;
+    dataset_abandon(w);
+    return NULL;
+}
+
+int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_tokens, uint64_t row, const char *doc_id,
+                   const char *text, size_t text_len, Err *err) {
+    size_t d = (size_t)w->d_model;
+    if (fwrite(activation, sizeof *activation, d, w->vectors) != d) return write_failed(w, VECTORS, err);
+    fputs("{\"doc_id\": ", w->rows);
+    json_write_string(w->rows, doc_id, strlen(doc_id));
+    fprintf(w->rows, ", \"n_raw_tokens\": %lld, \"text\": ", (long long)n_raw_tokens);
+    json_write_string(w->rows, text, text_len);
+    fputs("}\n", w->rows);
+    if (ferror(w->rows)) return write_failed(w, ROWS, err);
+    arrput(w->n_raw_tokens, n_raw_tokens);
+    arrput(w->row_id, row);
+    return 0;
+}
+
+/* The two columns behind the vectors, then the header into the room in front. */
+static bool write_columns(DatasetWriter *w) {
+    int64_t n = arrlen(w->row_id);
+    size_t rows = (size_t)n, len;
+    Tensor tensor[] = {
+        {.name = "activation_vector", .dtype = DT_F32, .n_dims = 2, .shape = {n, w->d_model}},
+        {.name = "n_raw_tokens", .dtype = DT_I64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof *w->n_raw_tokens},
+        {.name = "row_id", .dtype = DT_U64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof *w->row_id},
+    };
+    tensor[0].bytes = rows * (size_t)w->d_model * sizeof(float);
+    if (n && fwrite(w->n_raw_tokens, sizeof *w->n_raw_tokens, rows, w->vectors) != rows) return false;
+    if (n && fwrite(w->row_id, sizeof *w->row_id, rows, w->vectors) != rows) return false;
+    char *header = safetensors_header(tensor, 3, HEADER_BYTES, &len);
+    bool written = header && !fseeko(w->vectors, 0, SEEK_SET) && fwrite(header, 1, len, w->vectors) == len;
+    free(header);
+    return written;
+}
+
+static bool close_synced(FILE **file) {
+    bool synced = !fflush(*file) && !fsync(fileno(*file));
+    bool closed = !fclose(*file);
+    *file = NULL;
+    return synced && closed;
+}
+
+static int save_sidecar(const DatasetWriter *w, Yaml *sidecar, Err *err) {
+    char count[24];
+    snprintf(count, sizeof count, "%td", arrlen(w->row_id));
+    yaml_set(sidecar, "row_count", count, false);
+    char *path = xprintf("%s/%s", w->temp, SIDECAR);
+    int status = yaml_save(sidecar, path, err); /* it syncs the temporary directory, too: the other files' names */
+    free(path);
+    return status;
+}
+
+static void writer_free(DatasetWriter *w) {
+    if (w->vectors) fclose(w->vectors);
+    if (w->rows) fclose(w->rows);
+    arrfree(w->n_raw_tokens);
+    arrfree(w->row_id);
+    free(w->temp);
+    free(w->dir);
+    free(w);
+}
+
+static int complete(DatasetWriter *w, Yaml *sidecar, Err *err) {
+    if (!write_columns(w) || !close_synced(&w->vectors)) return write_failed(w, VECTORS, err);
+    if (!close_synced(&w->rows)) return write_failed(w, ROWS, err);
+    if (save_sidecar(w, sidecar, err)) return -1;
+    if (rename(w->temp, w->dir)) /* takes the place of an empty directory, of nothing else */
+        return fail(err, "%s: cannot rename %s to it: %s", w->dir, w->temp, strerror(errno));
+    return 0;
+}
+
+int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err) {
+    if (complete(w, sidecar, err)) {
+        dataset_abandon(w);
+        return -1;
+    }
+    int status = file_sync_dir(w->dir, err);
+    writer_free(w);
+    return status;
+}
+
+void dataset_abandon(DatasetWriter *w) {
+    if (!w) return;
+    const char *names[] = {VECTORS, ROWS, SIDECAR};
+    for (int i = 0; w->temp && i < 3; i++) {
+        char *path = xprintf("%s/%s", w->temp, names[i]);
+        unlink(path);
+        free(path);
+    }
+    if (w->temp) rmdir(w->temp);
+    writer_free(w);
+}

@@ -1,0 +1,443 @@
+#!/usr/bin/env python3
+"""Measure nla beside OpenBLAS, PyTorch and transformers on the CPU: ratios from one run, with the same number of threads.
+
+    ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|load ...] [--model DIR] [--tokenizers DIR ...]
+                                                [--nla ./nla] [--threads 2] [--quick] [--json FILE]
+
+    linear    matrix products at the shapes of SmolLM2-135M and Qwen2.5-7B (needs no model)
+    forward   2,048 tokens: one document, 8 documents, 20 documents of uneven lengths
+    decode    100 tokens for each of 32 rows: samples of one prompt, and 32 different prompts
+    load      weights and tokenizer to first use
+
+A measurement is several rounds. In each round ours and theirs run one after the other, first a warm-up, then a few
+times; the median counts. The ratio of a round is their time over ours, so more than 1 means that nla is faster. The table
+gives the median over the rounds of each time and ratio, and the smallest and largest ratio. Run it on a quiet machine.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Before numpy is imported: these would have OpenBLAS use another kernel than the one it chooses for this processor.
+for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+    os.environ.pop(variable, None)
+
+import argparse
+import ctypes
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+import tokenizers
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMOLLM2_SHAPES = [(n, i, o) for n in (32, 512, 2048) for i, o in ((576, 576), (576, 1536), (1536, 576))]
+SMOLLM2_SHAPES += [(n, 576, 49152) for n in (32, 512)]
+QWEN_7B_SHAPES = [(512, 3584, 3584), (512, 3584, 18944), (512, 18944, 3584), (512, 3584, 512)]
+
+TOTAL_TOKENS = 2048  # what nla bench forward runs
+DECODE_ROWS, DECODE_TOKENS, PROMPT_TOKENS = 32, 100, 100  # the last: what nla bench decode has
+
+WORDS = """time year people way day man thing woman life child world school state family student group country problem
+hand part place case week company system program question work government number night point home water room mother
+area money story fact month lot right study book eye job word business issue side kind head house service friend""".split()
+
+
+@dataclass
+class Goal:
+    """A smallest ratio, or a largest time of ours in seconds."""
+
+    ratio: float | None = None
+    seconds: float | None = None
+
+    def __str__(self):
+        return f">= {self.ratio:g}x" if self.ratio else f"<= {self.seconds:g} s" if self.seconds else ""
+
+    def met(self, ratio, seconds):
+        if not (self.ratio or self.seconds):
+            return ""
+        return "yes" if (ratio >= self.ratio if self.ratio else seconds <= self.seconds) else "NO"
+
+
+@dataclass
+class Result:
+    what: str
+    against: str
+    goal: str
+    ours_s: float
+    theirs_s: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    rate: str  # of ours and theirs, where a rate says more than a time
+    met: str
+
+
+class Bench:
+    def __init__(self, given):
+        self.nla = given.nla.resolve()
+        self.threads = given.threads
+        self.rounds = 1 if given.quick else 5
+        self.quick = given.quick
+        self.results = []
+
+    def run(self, *arguments):
+        command = [str(self.nla), *map(str, arguments), "--threads", str(self.threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"bench.py: {' '.join(command)}: exit status {done.returncode}: {done.stderr.strip()}")
+        return done
+
+    def nla_bench(self, *arguments):
+        """Median seconds of each measurement that nla bench prints, in its order."""
+        out = self.run("bench", *arguments, "--json", "--quiet").stdout
+        return [json.loads(line)["median_s"] for line in out.splitlines()]
+
+    def repeats(self, seconds):
+        """How often to repeat within a round what takes about that long."""
+        return 1 if self.quick else max(3, min(50, round(0.3 / seconds)))
+
+    def alternate(self, measures):
+        """Seconds of each measure in each round: {label: [round]}."""
+        seconds = {label: [] for label in measures}
+        for _ in range(self.rounds):
+            for label, measure in measures.items():
+                seconds[label].append(measure())
+        return seconds
+
+    def add(self, what, against, goal, ours, theirs, work=0.0, unit=""):
+        """One row of the table, from the rounds' seconds of ours and theirs. work: of one run, for the rate."""
+        ratios = [b / a for a, b in zip(ours, theirs)]
+        our_median, their_median, ratio = map(statistics.median, (ours, theirs, ratios))
+        rate = f"{work / our_median:.0f} : {work / their_median:.0f} {unit}" if work else ""
+        self.results.append(Result(what, against, str(goal), our_median, their_median, ratio, min(ratios), max(ratios),
+                                   rate, goal.met(ratio, our_median)))  # fmt: skip
+
+
+def progress(text):
+    print(f"bench.py: {text}", file=sys.stderr)
+
+
+def median_seconds(action, repeat):
+    """Of `repeat` runs, after a warm-up."""
+    seconds = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenBLAS inside numpy
+
+
+def openblas_function(name, result):
+    """A function of the library that numpy has loaded, whose names carry a prefix and suffix in numpy's own builds."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    library = re.search(r"\S*/[^/\s]*openblas[^/\s]*\.so\S*", maps)
+    if not library:
+        sys.exit("bench.py: this numpy does not use OpenBLAS")
+    loaded = ctypes.CDLL(library.group())
+    for full in (f"scipy_openblas_{name}64_", f"scipy_openblas_{name}", f"openblas_{name}64_", f"openblas_{name}"):
+        if hasattr(loaded, full):
+            function = getattr(loaded, full)
+            function.restype = result
+            return function
+    sys.exit(f"bench.py: {library.group()} has no openblas_{name}")
+
+
+def limit_threads(threads):
+    openblas_function("set_num_threads", None)(threads)
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear
+
+
+def has_bf16_dot():
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+def bench_linear(bench):
+    shapes = SMOLLM2_SHAPES[:4] if bench.quick else SMOLLM2_SHAPES + QWEN_7B_SHAPES
+    random = numpy.random.default_rng(0)
+    for rows, width_in, width_out in shapes:
+        shape = f"{rows},{width_in},{width_out}"
+        progress(f"linear {shape}")
+        flop = 2e-9 * rows * width_in * width_out
+        repeat = bench.repeats(flop / 150)
+        x = random.uniform(-1, 1, (rows, width_in)).astype(numpy.float32)
+        w = random.uniform(-1, 1, (width_out, width_in)).astype(numpy.float32)
+        y = numpy.empty((rows, width_out), numpy.float32)
+        tx, tw, ty = torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(y)
+        ours = ("linear", "--shape", shape, "--repeat", repeat)
+        # Results go to memory that is there already, as in nla: fresh pages would cost the others a fault each.
+        measures = {
+            "nla": lambda: bench.nla_bench(*ours)[0],
+            "OpenBLAS": lambda: median_seconds(lambda: numpy.matmul(x, w.T, out=y), repeat),
+            "PyTorch": lambda: median_seconds(lambda: torch.mm(tx, tw.T, out=ty), repeat),
+        }
+        if has_bf16_dot():
+            measures["nla bf16"] = lambda: bench.nla_bench(*ours, "--bf16")[0]
+        seconds = bench.alternate(measures)
+        name = f"linear {shape}"
+        bench.add(name, "OpenBLAS", Goal(ratio=0.85), seconds["nla"], seconds["OpenBLAS"], flop, "GFLOP/s")
+        bench.add(name, "PyTorch", Goal(), seconds["nla"], seconds["PyTorch"], flop, "GFLOP/s")
+        if has_bf16_dot():
+            bench.add(f"{name} --bf16", "nla fp32", Goal(ratio=1.5), seconds["nla bf16"], seconds["nla"], flop, "GFLOP/s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# forward
+
+
+def uneven_lengths(count, total, random):
+    """`count` lengths from half to one and a half times their mean, with this sum."""
+    lengths = random.integers(total // count // 2, 3 * total // count // 2, count)
+    while lengths.sum() != total:
+        i = random.integers(count)
+        lengths[i] += numpy.sign(total - lengths.sum())
+    return lengths.tolist()
+
+
+def padded(lengths, vocab_size, random):
+    """Random documents as a batch for transformers, padded on the left so that every last token is in the last column."""
+    longest = max(lengths)
+    ids = torch.from_numpy(random.integers(0, vocab_size, (len(lengths), longest)))
+    mask = torch.zeros_like(ids)
+    for i, length in enumerate(lengths):
+        mask[i, longest - length :] = 1
+    # A batch without padding is given without mask, which lets PyTorch use its faster causal attention.
+    return {"input_ids": ids, "attention_mask": mask} if min(lengths) < longest else {"input_ids": ids}
+
+
+def bench_forward(bench, directory, model):
+    random = numpy.random.default_rng(1)
+    # nla bench forward knows documents of one length. 103 makes 20 documents, too; where attention costs as little as at
+    # these lengths, uneven ones of the same sum take the same time in a packed batch, while PyTorch has to pad them.
+    cases = (
+        ("one document", [TOTAL_TOKENS], TOTAL_TOKENS),
+        ("8 documents of 256", [256] * 8, 256),
+        ("20 documents, 51 to 153 (nla: 103)", uneven_lengths(20, TOTAL_TOKENS, random), 103),
+    )
+    repeat = 1 if bench.quick else 3
+    for name, lengths, max_length in cases:
+        progress(f"forward of {name}")
+        batch = padded(lengths, model.config.vocab_size, random)
+
+        def forward():
+            with torch.inference_mode():
+                model(**batch, use_cache=False, logits_to_keep=1)
+
+        # PyTorch's two ways to compute attention; the faster one is compared.
+        trial = {}
+        for way in ("sdpa", "eager"):
+            model.set_attn_implementation(way)
+            trial[way] = median_seconds(forward, 1)
+        way = min(trial, key=trial.get)
+        model.set_attn_implementation(way)
+        seconds = bench.alternate({
+            "nla": lambda: bench.nla_bench("forward", "--model", directory, "--max-length", max_length, "--repeat", repeat)[0],
+            "PyTorch": lambda: median_seconds(forward, repeat),
+        })  # fmt: skip
+        bench.add(f"forward, {name}", f"PyTorch fp32, {way}", Goal(ratio=1.2), seconds["nla"], seconds["PyTorch"],
+                  TOTAL_TOKENS, "tokens/s")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode
+
+
+def hf_generate(model, batch, returned):
+    """Seconds of one transformers generate of DECODE_TOKENS tokens, with its key/value cache, plain sampling."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=returned, use_cache=True,
+            min_new_tokens=DECODE_TOKENS, max_new_tokens=DECODE_TOKENS,
+            pad_token_id=model.generation_config.pad_token_id,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if out.shape != (DECODE_ROWS, batch["input_ids"].shape[1] + DECODE_TOKENS):
+        sys.exit(f"bench.py: generate made {tuple(out.shape)}")
+    return seconds
+
+
+def nla_generate_seconds(bench, directory, prompts):
+    """As nla says it: prompts included, loading left out."""
+    said = bench.run("generate", "--model", directory, "--in", prompts, "--batch", DECODE_ROWS, "--ignore-eos", "--json",
+                     "--max-tokens", DECODE_TOKENS, "--temperature", 1).stderr  # fmt: skip
+    return float(re.search(r"tokens in ([\d.]+) s", said).group(1))
+
+
+def bench_decode(bench, directory, model, tokenizer):
+    random = numpy.random.default_rng(2)
+    model.set_attn_implementation("sdpa")
+    tokens = DECODE_ROWS * DECODE_TOKENS
+    goal = Goal(ratio=3)
+
+    progress("decode of samples of one prompt")
+    ids = torch.from_numpy(random.integers(0, model.config.vocab_size, (1, PROMPT_TOKENS)))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ours = ("decode", "--model", directory, "--samples", DECODE_ROWS, "--max-tokens", DECODE_TOKENS, "--temperature", 1)
+    seconds = bench.alternate({
+        "nla": lambda: bench.nla_bench(*ours, "--repeat", 1)[0],
+        "HF": lambda: hf_generate(model, batch, DECODE_ROWS),
+    })  # fmt: skip
+    bench.add(f"decode, {DECODE_ROWS} samples of one prompt", "HF generate", goal, seconds["nla"], seconds["HF"], tokens,
+              "tokens/s")  # fmt: skip
+
+    progress("decode of different prompts")
+    texts = [" ".join(random.choice(WORDS, n)) for n in random.integers(20, 120, DECODE_ROWS)]
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with tempfile.TemporaryDirectory(prefix="nla-bench-") as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        seconds = bench.alternate({
+            "nla": lambda: nla_generate_seconds(bench, directory, prompts),
+            "HF": lambda: hf_generate(model, batch, 1),
+        })  # fmt: skip
+    bench.add(f"decode, {DECODE_ROWS} different prompts", "HF generate", goal, seconds["nla"], seconds["HF"], tokens,
+              "tokens/s")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load
+
+
+def bench_load(bench, directory):
+    progress("loading")
+    repeat = bench.repeats(0.06)
+    seconds = bench.alternate({
+        "nla": lambda: bench.nla_bench("load", "--model", directory, "--repeat", repeat),
+        "from_pretrained": lambda: median_seconds(lambda: transformers.AutoModelForCausalLM.from_pretrained(directory), 1),
+        "from_file": lambda: median_seconds(lambda: tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), 1),
+        "AutoTokenizer": lambda: median_seconds(lambda: transformers.AutoTokenizer.from_pretrained(directory), 1),
+    })  # fmt: skip
+    weights, tokenizer = map(list, zip(*seconds["nla"]))
+    bench.add("load weights", "AutoModelForCausalLM", Goal(seconds=0.1), weights, seconds["from_pretrained"])
+    bench.add("load tokenizer", "tokenizers from_file", Goal(), tokenizer, seconds["from_file"])
+    bench.add("load tokenizer", "AutoTokenizer", Goal(), tokenizer, seconds["AutoTokenizer"])
+
+
+def tokenizer_goal(directory):
+    """The goals that performance.md sets: by family."""
+    name = directory.name.lower()
+    return Goal(seconds=0.4 if "gemma" in name else 0.15 if "qwen" in name else None)
+
+
+def bench_tokenizer(bench, directory):
+    """A tokenizer without a model: nla's whole process, from its start to the ids of one word."""
+    progress(f"loading {directory}")
+    repeat = bench.repeats(0.1)
+    seconds = bench.alternate({
+        "nla": lambda: median_seconds(lambda: bench.run("tokenize", "--model", directory, "--json", "word"), repeat),
+        "from_file": lambda: median_seconds(lambda: tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), 1),
+    })  # fmt: skip
+    bench.add(f"nla tokenize, {directory.name}, whole process", "tokenizers from_file", tokenizer_goal(directory),
+              seconds["nla"], seconds["from_file"])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def machine_facts(bench):
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    engine = bench.run("bench", "forward", "--model", ROOT / "tests/golden/llama3", "--max-length", 100, "--repeat", 1)
+    return {
+        "date": str(datetime.date.today()),
+        "processor": re.search(r"model name\s*: (.*)", info).group(1),
+        "cores": os.cpu_count(),
+        "threads": bench.threads,
+        "load average": os.getloadavg()[0],
+        "nla engine": re.search(r"parameters on (.*?),", engine.stderr).group(1),
+        "OpenBLAS kernel": openblas_function("get_corename", ctypes.c_char_p)().decode(),
+        "numpy": numpy.__version__,
+        "PyTorch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, MKL {torch.backends.mkl.is_available()}",
+        "transformers": transformers.__version__,
+    }
+
+
+def short_time(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+
+
+def print_table(results):
+    head = ("what", "against", "goal", "ours", "theirs", "ratio", "min-max", "ours : theirs", "met")
+    lines = [head]
+    for r in results:
+        lines.append((r.what, r.against, r.goal, short_time(r.ours_s), short_time(r.theirs_s), f"{r.ratio:.2f}",
+                      f"{r.ratio_min:.2f}-{r.ratio_max:.2f}", r.rate, r.met))  # fmt: skip
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for number, line in enumerate(lines):
+        print("| " + " | ".join(cell.ljust(width[i]) for i, cell in enumerate(line)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (w + 2) for w in width) + "|")
+
+
+def parse_arguments():
+    parts = ("linear", "forward", "decode", "load")
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (default: all that can be run)")
+    options.add_argument("--nla", type=Path, default=ROOT / "nla", help="the program (default: ./nla)")
+    options.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face directory, for all but linear")
+    options.add_argument("--tokenizers", type=Path, nargs="+", default=[], metavar="DIR",
+                         help="directories with a tokenizer.json, to be loaded")  # fmt: skip
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="of ours and theirs (default: all cores)")
+    options.add_argument("--quick", action="store_true", help="one round: shows that everything runs, measures nothing")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write facts and results here")
+    given = options.parse_args()
+    unknown = set(given.parts) - set(parts)
+    if unknown:
+        options.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    if set(given.parts) - {"linear"} and not given.model:
+        options.error(f"{', '.join(given.parts)} needs --model DIR")
+    if not given.parts:
+        given.parts = list(parts if given.model else parts[:1])
+    return given
+
+
+def main():
+    given = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    limit_threads(given.threads)
+    bench = Bench(given)
+    facts = machine_facts(bench)
+    if "linear" in given.parts:
+        bench_linear(bench)
+    if "forward" in given.parts or "decode" in given.parts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+        if "forward" in given.parts:
+            bench_forward(bench, given.model, model)
+        if "decode" in given.parts:
+            bench_decode(bench, given.model, model, transformers.AutoTokenizer.from_pretrained(given.model))
+    if "load" in given.parts:
+        bench_load(bench, given.model)
+    for directory in given.tokenizers:
+        bench_tokenizer(bench, directory)
+
+    print("; ".join(f"{key} {value}" for key, value in facts.items()))
+    print("quick: one round, nothing to conclude from\n" if given.quick else f"{bench.rounds} rounds\n")
+    print_table(bench.results)
+    if given.json:
+        rows = [asdict(result) for result in bench.results]
+        given.json.write_text(json.dumps({"facts": facts, "results": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# The command line as a user meets it: wrong arguments and broken files give one line on stderr and exit status 1 or 2,
+# never a crash; the commands do what they say on a tiny model. NLA is the binary under test (build.sh gives the sanitized one).
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+NLA=${NLA:-./nla}
+here=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+ok() { passed=$((passed + 1)); }
+bad() {
+    failed=$((failed + 1))
+    printf 'FAILED: %s\n' "$*"
+}
+
+# says STATUS WORDS COMMAND...: exit status, and one line on stderr that holds WORDS.
+says() {
+    local status=$1 words=$2 got
+    shift 2
+    "$@" >"$work/out" 2>"$work/err" </dev/null
+    got=$?
+    if [ "$got" != "$status" ]; then
+        bad "exit $got, expected $status: ${*:0:9}"
+        cat "$work/err"
+    elif ! grep -qF -- "$words" "$work/err"; then
+        bad "stderr lacks '$words': $*: $(cat "$work/err")"
+    elif [ "$(wc -l <"$work/err")" != 1 ] || ! grep -q '^nla: error: ' "$work/err"; then
+        bad "not one error line: $*: $(cat "$work/err")"
+    else
+        ok
+    fi
+}
+
+# prints WORDS COMMAND...: exit 0, and stdout holds WORDS.
+prints() {
+    local words=$1
+    shift
+    if ! "$@" >"$work/out" 2>"$work/err" </dev/null; then
+        bad "failed: $*: $(cat "$work/err")"
+    elif ! grep -qF -- "$words" "$work/out"; then
+        bad "stdout lacks '$words': $*: $(head -c 300 "$work/out")"
+    else
+        ok
+    fi
+}
+
+same() { # same FILE FILE WHAT
+    if cmp -s "$1" "$2"; then ok; else bad "$3: $1 and $2 differ"; fi
+}
+
+# A fresh copy of the tiny model, to spoil.
+tiny() {
+    rm -rf "$work/m"
+    mkdir "$work/m"
+    cp tests/golden/llama3/{config.json,model.safetensors} tests/golden/tiny_tokenizer/*.json "$work/m"
+}
+tiny
+cp -r "$work/m" "$work/good"
+good=$work/good m=$work/m
+
+# ---------------------------------------------------------------------------------------------- wrong usage: exit 2
+says 2 "there is no command 'genrate' (did you mean generate?)" "$NLA" genrate
+says 2 "there is no command 'fly'" "$NLA" fly
+says 2 "unknown option --modle (did you mean --model?)" "$NLA" generate --modle x y
+says 2 "unknown option -m" "$NLA" generate -m x
+says 2 "--model needs a value" "$NLA" generate hello --model
+says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens many x
+says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens 1.5 x
+says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens=0 x
+says 2 "--temperature takes a number" "$NLA" generate --temperature -1 x
+says 2 "--temperature takes a number" "$NLA" generate --temperature nan x
+says 2 "--top-p takes a number" "$NLA" generate --top-p 1.5 x
+says 2 "--seed takes a whole number" "$NLA" generate --seed 99999999999999999999 x
+says 2 "--chat takes no value" "$NLA" generate --chat=yes x
+says 2 "an argument is missing" "$NLA" inspect
+says 2 "too many arguments" "$NLA" generate --model "$good" one two
+
+# ---------------------------------------------------------------------------------------------- what cannot work: exit 1
+says 1 "--model is needed" "$NLA" generate x
+says 1 "--in is needed" "$NLA" capture --model "$good" --out "$work/x"
+says 1 "--out is needed" "$NLA" dump --model "$good" x
+says 1 "$work/none/config.json" "$NLA" generate --quiet --model "$work/none" x
+says 1 "--device takes cpu or cuda" "$NLA" generate --quiet --device tpu --model "$good" x
+says 1 "--layer 3: the model has layers 0 to 2" "$NLA" capture --quiet --model "$good" --layer 3 --in README.md --out "$work/x"
+says 1 "--layer takes a layer" "$NLA" capture --quiet --model "$good" --layer top --in README.md --out "$work/x"
+says 1 "--layer names layer 1 twice" "$NLA" capture --quiet --model "$good" --layer 1,1 --in README.md --out "$work/x"
+says 1 "--positions takes all, last" "$NLA" capture --quiet --model "$good" --positions some --in README.md --out "$work/x"
+says 1 "$work/none.txt" "$NLA" capture --quiet --model "$good" --in "$work/none.txt" --out "$work/x"
+[ ! -e "$work/x" ] && [ -z "$(ls -d "$work"/x* 2>/dev/null)" ] && ok || bad "a failed capture left something behind"
+says 1 "--ids takes token ids" "$NLA" dump --quiet --model "$good" --ids 1,two --out "$work/x"
+says 1 "token id 999 is outside the vocabulary" "$NLA" dump --quiet --model "$good" --ids 1,999 --out "$work/x"
+says 1 "the text is empty" "$NLA" generate --quiet --model "$good" ""
+says 1 "/nowhere/x" "$NLA" dump --quiet --model "$good" --ids 1,2 --out /nowhere/x
+says 1 "bench measures" "$NLA" bench speed
+says 1 "--shape ROWS,IN,OUT" "$NLA" bench linear --shape 5
+says 1 "there is no command 'x'" "$NLA" help x
+says 1 "holds neither config.json" "$NLA" inspect tests
+
+# ---------------------------------------------------------------------------------------------- broken files: exit 1
+broken() { # broken WORDS: `generate` on the spoiled model, which is then made anew
+    says 1 "$1" "$NLA" generate --quiet --model "$m" --max-tokens 3 "the other"
+    tiny
+}
+truncate -s 0 "$m/config.json" && broken "config.json"
+head -c 100 tests/golden/llama3/config.json >"$m/config.json" && broken "config.json"
+echo '[1,2]' >"$m/config.json" && broken "not a JSON object"
+sed -i 's/"llama"/"mamba"/' "$m/config.json" && broken "model_type is mamba"
+sed -i 's/"hidden_size": 40/"hidden_size": 48/' "$m/config.json" && broken "config.json makes it ["
+sed -i 's/"num_hidden_layers": 3/"num_hidden_layers": 4/' "$m/config.json" && broken "model.layers.3.input_layernorm.weight is missing"
+sed -i 's/"num_hidden_layers": 3/"num_hidden_layers": 2/' "$m/config.json" && broken "model.layers.2."
+sed -i 's/"num_hidden_layers": 3/"num_hidden_layers": 3, "num_hidden_layers": 3/' "$m/config.json" && broken "num_hidden_layers"
+rm "$m/model.safetensors" && broken "model.safetensors"
+truncate -s 0 "$m/model.safetensors" && broken "model.safetensors"
+truncate -s 5 "$m/model.safetensors" && broken "model.safetensors"
+truncate -s 3000 "$m/model.safetensors" && broken "model.safetensors"
+truncate -s -1 "$m/model.safetensors" && broken "model.safetensors"
+echo x >>"$m/model.safetensors" && broken "model.safetensors"
+printf '\377\377\377\377\377\377\377\377' | dd of="$m/model.safetensors" conv=notrunc status=none && broken "model.safetensors"
+rm "$m/model.safetensors" && mkdir "$m/model.safetensors" && broken "model.safetensors"
+rm "$m/tokenizer.json" && broken "tokenizer.json"
+echo '{}' >"$m/tokenizer.json" && broken "tokenizer.json"
+head -c 500 tests/golden/tiny_tokenizer/tokenizer.json >"$m/tokenizer.json" && broken "tokenizer.json"
+sed -i 's/"BPE"/"Unigram"/' "$m/tokenizer.json" && broken "tokenizer.json"
+echo '{"eos_token_id": ' >"$m/generation_config.json" && broken "generation_config.json"
+sed -i 's/im_start/turn/g' "$m/tokenizer_config.json"
+says 1 "chat" "$NLA" generate --quiet --model "$m" --chat "the other"
+tiny
+printf '{"text": "ab"}\n{"text": 5}\n' >"$work/bad.jsonl"
+says 1 "bad.jsonl" "$NLA" capture --quiet --model "$good" --in "$work/bad.jsonl" --out "$work/x"
+printf '{"text": "ab"}\n{"txt": "cd"}\n' >"$work/bad.jsonl"
+says 1 "bad.jsonl" "$NLA" capture --quiet --model "$good" --in "$work/bad.jsonl" --out "$work/x"
+[ ! -e "$work/x" ] && ok || bad "a failed capture left a dataset"
+
+# ---------------------------------------------------------------------------------------------- what works
+prints "usage: nla COMMAND" "$NLA"
+prints "usage: nla capture" "$NLA" help capture
+prints "usage: nla capture" "$NLA" capture --help
+prints "parameters" "$NLA" inspect "$good"
+prints '"layers": 3' "$NLA" inspect --json "$good"
+prints "model.embed_tokens.weight" "$NLA" inspect "$good/model.safetensors"
+prints "[97, 102, 97]" "$NLA" tokenize --model "$good" --json "the othe"
+prints "<|im_start|>" "$NLA" tokenize --model "$good" --chat "hi"
+printf 'the\n\nin er\n' | "$NLA" tokenize --model "$good" --json >"$work/lines" && [ "$(wc -l <"$work/lines")" = 3 ] && ok ||
+    bad "tokenize gives one array a line"
+
+# greedy and sampled replies do not depend on threads or on what shares the batch
+printf '{"text": "the other"}\n{"text": "in a thing"}\n{"text": "o"}\n' >"$work/prompts.jsonl"
+reply() { "$NLA" generate --quiet --json --model "$good" --in "$work/prompts.jsonl" --max-tokens 12 --samples 3 --temperature 1 --seed 5 "$@"; }
+reply >"$work/a" && reply --batch 1 --threads 1 >"$work/b" && same "$work/a" "$work/b" "batch of 1"
+reply --batch 9 --threads 3 >"$work/b" && same "$work/a" "$work/b" "batch of 9"
+reply --seed 6 >"$work/b" && ! cmp -s "$work/a" "$work/b" && ok || bad "another seed gives the same replies"
+[ "$(grep -c '"row"' "$work/a")" = 9 ] && ok || bad "3 prompts x 3 samples are 9 replies"
+
+# capture: one layer and several give the same rows; the dataset is complete
+printf '{"doc_id": "a", "text": "the other thing"}\n{"doc_id": "b", "text": "in"}\n' >"$work/docs.jsonl"
+"$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl" --out "$work/one" --layer 1 &&
+    "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl" --out "$work/all" --layer all --threads 1 &&
+    same "$work/one/activations.safetensors" "$work/all/layer_1/activations.safetensors" "capture of one layer and of all"
+same "$work/one/rows.jsonl" "$work/all/layer_0/rows.jsonl" "rows of two layers"
+prints "row_count" "$NLA" inspect "$work/one"
+rows=$(wc -l <"$work/one/rows.jsonl")
+grep -q "row_count: $rows" "$work/one/nla_meta.yaml" && ok || bad "row_count is not the number of rows, $rows"
+says 1 "$work/one" "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl" --out "$work/one" --layer 1
+prints '"rows": 2' "$NLA" capture --quiet --json --model "$good" --in "$work/docs.jsonl" --out "$work/last" --positions last
+"$NLA" capture --quiet --model "$good" --in - --out "$work/piped" --layer 1 <"$work/docs.jsonl" &&
+    same "$work/one/activations.safetensors" "$work/piped/activations.safetensors" "capture from a pipe"
+gzip -c "$work/docs.jsonl" >"$work/docs.jsonl.gz"
+"$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl.gz" --out "$work/zipped" --layer 1 &&
+    same "$work/one/activations.safetensors" "$work/zipped/activations.safetensors" "capture of a gzipped file"
+
+# dump names and a full pipe
+"$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"
+"$NLA" help >/dev/full 2>"$work/err"
+[ $? = 1 ] && grep -q "cannot write" "$work/err" && ok || bad "writing to a full device is not noticed"
+
+printf '%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" = 0 ]
