@@ -8,6 +8,7 @@
  * says, no step slower than n log n in the input's size, no allocation much larger than the input, and one line that
  * names the file, the field and the reason when something is refused.
  */
+#define _GNU_SOURCE /* memmem */
 #include "nla.h"
 
 #include <ctype.h>
@@ -866,8 +867,21 @@ static int yaml_read(YamlReader *r, Err *err) {
     return r->root->kind == YAML_MAP ? 0 : fail(err, "%s: the top level is not a map (key: value)", r->file);
 }
 
+/* libyaml compares each %TAG directive with all before it: a megabyte of them takes minutes. Tags are refused anyway. A
+ * directive starts a line; the bytes are the ends of LF, CR, NEL, LS, PS and of a byte order mark. */
+static bool has_tag_directive(const char *text, size_t len) {
+    const char *end = text + len;
+    for (const char *p = text; (p = memmem(p, (size_t)(end - p), "%TAG", 4)); p++)
+        if (p == text || memchr("\n\r\x85\xA8\xA9\xBF", p[-1], 6)) return true;
+    return false;
+}
+
 Yaml *yaml_parse(const char *text, size_t len, const char *file, Err *err) {
     YamlReader r = {.file = file, .text = text};
+    if (has_tag_directive(text, len)) {
+        fail(err, "%s: %%TAG directives are not supported", file);
+        return NULL;
+    }
     if (len > MAX_YAML_BYTES) {
         fail(err, "%s: %zu bytes of YAML; the limit is 16 MiB", file, len);
         return NULL;

@@ -370,6 +370,8 @@ Test(files, text_that_is_no_sidecar_is_refused_with_its_line) {
         {"? {a: b}\n: 1\n", "line 1: a key must be a scalar"},
         {"a: !!python/object:os.system {}\n", "line 1: tags are not supported"},
         {"a: !!binary aGk=\n", "line 1: tags are not supported"},
+        {"%TAG !x! y\n---\na: 1\n", "%TAG directives are not supported"},
+        {"%YAML 1.1\r%TAG !x! y\n---\na: 1\n", "%TAG directives are not supported"},
         {"a: !mine 3\n", "line 1: tags are not supported"},
         {"a: \"\\0\"\n", "line 1: a scalar holds a NUL"},
         {"a: 1\nb: \xFF\xFE\n", "line 2: invalid YAML: invalid leading UTF-8 octet"},
