@@ -21,17 +21,6 @@
 
 /* ------------------------------------------------------------------------------------------------ command line */
 
-typedef struct {
-    const char *command;
-    const char **argument; /* stb: what is not an option */
-    /* one field an option */
-    const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape;
-    int threads, samples, max_tokens, top_k, max_length, batch, repeat;
-    int64_t seed;
-    double temperature, top_p;
-    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors;
-} Settings;
-
 typedef enum { FLAG, COUNT, SEED, NUMBER, TEXT } OptionKind;
 
 typedef struct {
@@ -190,15 +179,18 @@ static int parse_options(Settings *s, const Command *c, int argc, char **argv, E
 
 /* ------------------------------------------------------------------------------------------------ shared by commands */
 
-static double now(void) {
+Decoding decoding_of(const Settings *s) {
+    return (Decoding){.sampler = {(float)s->temperature, s->top_k, (float)s->top_p, (uint64_t)s->seed},
+                      .max_tokens = s->max_tokens, .ignore_eos = s->ignore_eos};
+}
+
+double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress and timing, on stderr. */
-static void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void note(const Settings *s, const char *format, ...) {
+void note(const Settings *s, const char *format, ...) {
     if (!s->quiet) {
         va_list args;
         va_start(args, format);
@@ -207,18 +199,11 @@ static void note(const Settings *s, const char *format, ...) {
     }
 }
 
-static int need(const char *value, const char *option, const Settings *s, Err *err) {
+int need(const char *value, const char *option, const Settings *s, Err *err) {
     return value ? 0 : fail(err, "--%s is needed; see: nla help %s", option, s->command);
 }
 
-/* What most commands work with. */
-typedef struct {
-    Engine *engine;
-    Model model;
-    Tokenizer *tok;
-} Loaded;
-
-static void unload(Loaded *l) {
+void unload(Loaded *l) {
     model_free(&l->model);
     tokenizer_free(l->tok);
     if (l->engine) {
@@ -227,7 +212,7 @@ static void unload(Loaded *l) {
     *l = (Loaded){0};
 }
 
-static int open_engine(Engine **engine, const Settings *s, Err *err) {
+int open_engine(Engine **engine, const Settings *s, Err *err) {
     if (s->device && strcmp(s->device, "cpu") != 0) {
         return fail(err, strcmp(s->device, "cuda") == 0 ? "--device cuda: this build has the CPU engine only"
                                                         : "--device takes cpu or cuda");
@@ -236,8 +221,7 @@ static int open_engine(Engine **engine, const Settings *s, Err *err) {
     return *engine ? 0 : -1;
 }
 
-/* The tokenizer is left out when all tokens are given as ids and none is printed. */
-static int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err) {
+int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err) {
     *l = (Loaded){0};
     double start = now();
     if (need(s->model, "model", s, err) != 0 || open_engine(&l->engine, s, err) != 0 ||
@@ -292,8 +276,7 @@ static int encode_prompt(const Loaded *l, const Settings *s, const char *text, s
     return status;
 }
 
-/* TEXT of the command line, or standard input for "-", as ids (stb). --ids gives them directly. */
-static int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err) {
+int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err) {
     if (s->ids) {
         for (const char *p = s->ids; *p;) {
             char *end;
@@ -341,38 +324,17 @@ static int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *
     return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------ decoding
- * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
- * computed once for all its samples, and every step is the same: each live sample appends one token and gets logits. */
+/* ------------------------------------------------------------------------------------------------ decoding */
 
 double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
     uint64_t key[4] = {seed, a, b, c};
     return (double)(XXH3_64bits(key, sizeof key) >> 11) * 0x1p-53;
 }
 
-typedef struct {
-    int row, sample; /* keys of its random numbers: which prompt, which of its samples */
-    int seg;
-    int next;       /* the token to feed at the next step */
-    int *ids;       /* stb: drawn so far, without the end token */
-    double logprob; /* of everything drawn, the end token included */
-    bool done, ended; /* ended: at an end token, not at the length cap */
-} Sample;
-
-typedef struct {
-    const Settings *settings;
-    const int *eos;   /* stb */
-    int vocab_size;
-    Sample *sample;   /* stb */
-    int *live;        /* stb: indices of those still growing, in batch order */
-    void (*token)(void *context, const Sample *s, int id); /* called after each drawn token but the end; may be NULL */
-    void *context;
-} Decoder;
-
 static bool is_end(const Decoder *d, int id) {
     for (int i = 0; i < (int)arrlen(d->eos); i++) {
         if (d->eos[i] == id) {
-            return !d->settings->ignore_eos;
+            return !d->how.ignore_eos;
         }
     }
     return false;
@@ -381,15 +343,15 @@ static bool is_end(const Decoder *d, int id) {
 /* A step's logits: draws a token for each live sample. */
 static void draw_tokens(void *context, Engine *e, const Act *logits, int first, int n) {
     Decoder *d = context;
-    const Settings *s = d->settings;
+    const Sampler *s = &d->how.sampler;
     int token[LOGIT_ROWS];
     float logprob[LOGIT_ROWS];
     double uniform[LOGIT_ROWS] = {0};
     for (int i = 0; i < n; i++) {
         const Sample *x = &d->sample[d->live[first + i]];
-        uniform[i] = random_uniform((uint64_t)s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
+        uniform[i] = random_uniform(s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
     }
-    e->sample(e, token, logprob, logits, n, d->vocab_size, (float)s->temperature, s->top_k, (float)s->top_p, uniform);
+    e->sample(e, token, logprob, logits, n, d->vocab_size, s->temperature, s->top_k, s->top_p, uniform);
     for (int i = 0; i < n; i++) {
         Sample *x = &d->sample[d->live[first + i]];
         x->logprob += (double)logprob[i];
@@ -401,12 +363,11 @@ static void draw_tokens(void *context, Engine *e, const Act *logits, int first, 
                 d->token(d->context, x, token[i]);
             }
         }
-        x->done = x->ended || (int)arrlen(x->ids) >= s->max_tokens;
+        x->done = x->ended || (int)arrlen(x->ids) >= d->how.max_tokens;
     }
 }
 
-/* Adds a prompt's samples: its tokens but the last go through the model now, the last one opens every sample. */
-static int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err) {
+int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err) {
     int root = -1;
     if (n > 1) {
         root = forest_add(f, -1, n - 1, err);
@@ -415,7 +376,7 @@ static int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids,
         }
     }
     for (int i = 0; i < samples; i++) {
-        Sample s = {.row = row, .sample = i, .next = ids[n - 1], .seg = forest_add(f, root, d->settings->max_tokens, err)};
+        Sample s = {.row = row, .sample = i, .next = ids[n - 1], .seg = forest_add(f, root, d->how.max_tokens, err)};
         if (s.seg < 0) {
             return -1;
         }
@@ -425,8 +386,7 @@ static int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids,
     return 0;
 }
 
-/* Steps until every sample is done; finished samples leave the batch at once. Returns the number of rows computed. */
-static int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
+int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
     LogitSink sink = {d, draw_tokens};
     int64_t rows = 0;
     while (arrlen(d->live)) {
@@ -450,7 +410,7 @@ static int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
     return rows;
 }
 
-static void decoder_free(Decoder *d) {
+void decoder_free(Decoder *d) {
     for (int i = 0; i < (int)arrlen(d->sample); i++) {
         arrfree(d->sample[i].ids);
     }
@@ -752,7 +712,7 @@ static int generate_group(const Loaded *l, const Settings *s, int **prompt, int 
     Batch batch = {0};
     Stream stream = {.tok = l->tok};
     bool streaming = samples == 1 && !s->json;
-    Decoder d = {.settings = s, .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
+    Decoder d = {.how = decoding_of(s), .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
                  .token = streaming ? stream_token : NULL, .context = &stream};
     int status = 0;
     for (int i = from; i < to && status == 0; i++) {
@@ -1053,296 +1013,6 @@ static int run_capture(const Settings *s, Err *err) {
     arrfree(c.position);
     free(c.writer);
     free(c.kept);
-    unload(&l);
-    return status;
-}
-
-/* ------------------------------------------------------------------------------------------------ nla dump */
-
-typedef struct {
-    const char *only; /* substring of the names to keep, or NULL */
-    int rows;
-    Tensor *tensor; /* stb; names and data owned */
-} Dump;
-
-/* The buffer of the tensor of that name, made when it is first seen. Takes the name. */
-static float *dump_place(Dump *d, char *name, int width) {
-    for (int i = 0; i < (int)arrlen(d->tensor); i++) {
-        if (strcmp(d->tensor[i].name, name) == 0) {
-            free(name);
-            return (float *)d->tensor[i].data;
-        }
-    }
-    Tensor t = {.name = name, .dtype = DT_F32, .n_dims = 2, .shape = {d->rows, width},
-                .bytes = (size_t)d->rows * (size_t)width * sizeof(float)};
-    float *data = xmalloc(t.bytes);
-    t.data = data;
-    arrput(d->tensor, t);
-    return data;
-}
-
-static void keep_output(void *context, Engine *e, const char *module, int layer, const Act *data, int first, int rows,
-                        int width) {
-    Dump *d = context;
-    char *name = layer < 0 ? xstrdup(module) : xprintf("model.layers.%d%s%s", layer, *module ? "." : "", module);
-    if (d->only && !strstr(name, d->only)) {
-        free(name);
-        return;
-    }
-    e->read(e, dump_place(d, name, width) + (size_t)first * (size_t)width, data, 0, (size_t)rows * (size_t)width);
-}
-
-static void ignore_logits(void *context, Engine *e, const Act *logits, int first, int n) {
-    (void)context, (void)e, (void)logits, (void)first, (void)n; /* the tap has seen them */
-}
-
-static int dump_forward(Dump *d, const Loaded *l, const int *ids, int n, Err *err) {
-    Forest f;
-    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, n, n, err) != 0) {
-        return -1;
-    }
-    Batch b = {0};
-    Tap tap = {d, keep_output};
-    LogitSink sink = {NULL, ignore_logits};
-    int seg = forest_add(&f, -1, n, err);
-    batch_add(&b, &f, seg, ids, n, 2);
-    int status = model_forward(&f, &b, l->model.lm_head.n ? &sink : NULL, &tap, err);
-    batch_free(&b);
-    forest_close(&f);
-    return status;
-}
-
-static int run_dump(const Settings *s, Err *err) {
-    Loaded l;
-    if (need(s->out, "out", s, err) != 0 || load_all(&l, s, !s->ids, err) != 0) {
-        return -1;
-    }
-    int *ids = NULL, status = prompt_ids(&l, s, &ids, err);
-    int64_t *input = NULL;
-    Dump d = {.only = s->only, .rows = (int)arrlen(ids)};
-    if (status == 0) {
-        for (int i = 0; i < d.rows; i++) {
-            arrput(input, (int64_t)ids[i]);
-        }
-        arrput(d.tensor, ((Tensor){.name = xstrdup("input_ids"), .dtype = DT_I64, .n_dims = 1, .shape = {d.rows},
-                                   .data = input, .bytes = (size_t)d.rows * sizeof(int64_t)}));
-        status = dump_forward(&d, &l, ids, d.rows, err);
-    }
-    if (status == 0) {
-        status = safetensors_save(s->out, d.tensor, (int)arrlen(d.tensor), err);
-    }
-    if (status == 0) {
-        note(s, "%s: %d tensors of %d tokens\n", s->out, (int)arrlen(d.tensor), d.rows);
-        if (s->json) {
-            printf("{\"tensors\": %d, \"tokens\": %d}\n", (int)arrlen(d.tensor), d.rows);
-        }
-    }
-    for (int i = 0; i < (int)arrlen(d.tensor); i++) {
-        free((char *)d.tensor[i].name);
-        if (i > 0) {
-            free((void *)d.tensor[i].data);
-        }
-    }
-    arrfree(d.tensor);
-    arrfree(input);
-    arrfree(ids);
-    unload(&l);
-    return status;
-}
-
-/* ------------------------------------------------------------------------------------------------ nla bench */
-
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Prints what `repeat` runs of one measurement took: median, least and most, and work done a second. */
-static void report_times(const Settings *s, const char *name, double *seconds, int n, double work, const char *unit) {
-    qsort(seconds, (size_t)n, sizeof *seconds, by_value);
-    double median = n % 2 ? seconds[n / 2] : (seconds[n / 2 - 1] + seconds[n / 2]) / 2;
-    if (s->json) {
-        printf("{\"name\": \"%s\", \"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"rate\": %.6g, \"unit\": \"%s\"}\n",
-               name, median, seconds[0], seconds[n - 1], work / median, unit);
-    } else {
-        printf("%-34s %10.3f ms  (%.3f to %.3f)  %10.1f %s\n", name, median * 1e3, seconds[0] * 1e3, seconds[n - 1] * 1e3,
-               work / median, unit);
-    }
-    fflush(stdout);
-}
-
-/* Numbers spread over (-1, 1), the same every time. */
-static void fill_random(float *x, size_t n, uint64_t key) {
-    for (size_t i = 0; i < n; i++) {
-        x[i] = (float)(2 * random_uniform(0, key, i, 0) - 1);
-    }
-}
-
-/* y [N,O] = x [N,I] W^T on random data. --shape N,I,O; weights fp32, and bf16 with --bf16. */
-static int bench_linear(const Settings *s, Engine *e, Err *err) {
-    int N, I, O;
-    if (sscanf(s->shape ? s->shape : "", "%d,%d,%d", &N, &I, &O) != 3 || N < 1 || I < 1 || O < 1 ||
-        (double)N * I > 1e9 || (double)I * O > 1e9 || (double)N * O > 1e9) {
-        return fail(err, "bench linear needs --shape ROWS,IN,OUT, such as --shape 2048,576,1536");
-    }
-    size_t weights = (size_t)I * (size_t)O, inputs = (size_t)N * (size_t)I;
-    float *w = xmalloc(weights * sizeof(float)), *host = xmalloc(inputs * sizeof(float));
-    uint16_t *narrow = xmalloc(weights * sizeof(uint16_t));
-    fill_random(w, weights, 1);
-    fill_random(host, inputs, 2);
-    for (size_t i = 0; i < weights; i++) {
-        narrow[i] = f32_to_bf16(w[i]);
-    }
-    Act *x = e->alloc(e, inputs), *y = e->alloc(e, (size_t)N * (size_t)O);
-    int status = x && y ? 0 : fail(err, "not enough memory for --shape %s", s->shape);
-    if (status == 0) {
-        e->write(e, x, 0, host, inputs);
-        Linear linear = {.n = 1, .in = I, .out = O,
-                         .w = {{.dtype = s->bf16 ? DT_BF16 : DT_F32, .n_dims = 2, .shape = {O, I},
-                                .data = s->bf16 ? (void *)narrow : (void *)w}}};
-        double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
-        for (int i = -1; i < s->repeat; i++) { /* -1: warm-up */
-            double start = now();
-            e->linear(e, y, x, &linear, N);
-            seconds[i < 0 ? 0 : i] = now() - start;
-        }
-        report_times(s, "linear", seconds, s->repeat, 2e-9 * N * I * O, "GFLOP/s");
-        free(seconds);
-    }
-    e->free(e, x);
-    e->free(e, y);
-    free(w);
-    free(host);
-    free(narrow);
-    return status;
-}
-
-/* 2,048 packed tokens (documents of --max-length), all blocks, logits of each document's last token. */
-static int bench_forward(const Settings *s, const Loaded *l, Err *err) {
-    int total = 2048, length = s->max_length < total ? s->max_length : total;
-    Forest f;
-    Batch b = {0};
-    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, total + CACHE_ALIGN * (total / length + 1), total, err) != 0) {
-        return -1;
-    }
-    LogitSink sink = {NULL, ignore_logits};
-    double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
-    int *ids = xcalloc((size_t)total, sizeof(int)), status = 0;
-    for (int i = 0; i < total; i++) {
-        ids[i] = (int)(random_uniform(0, 3, (uint64_t)i, 0) * l->model.config.vocab_size);
-    }
-    for (int i = -1; i < s->repeat && status == 0; i++) {
-        forest_clear(&f);
-        batch_clear(&b);
-        for (int at = 0; at < total; at += length) {
-            int n = total - at < length ? total - at : length;
-            batch_add(&b, &f, forest_add(&f, -1, n, err), ids + at, n, 1);
-        }
-        double start = now();
-        status = model_forward(&f, &b, &sink, NULL, err);
-        seconds[i < 0 ? 0 : i] = now() - start;
-    }
-    if (status == 0) {
-        report_times(s, "forward of 2048 packed tokens", seconds, s->repeat, total, "tokens/s");
-    }
-    free(ids);
-    free(seconds);
-    batch_free(&b);
-    forest_close(&f);
-    return status;
-}
-
-/* --samples samples of one prompt of 100 tokens, --max-tokens each, end tokens ignored. */
-static int bench_decode(const Settings *given, const Loaded *l, Err *err) {
-    Settings s = *given;
-    s.ignore_eos = true;
-    enum { PROMPT = 100 };
-    int ids[PROMPT], rows = s.samples, status = 0;
-    for (int i = 0; i < PROMPT; i++) {
-        ids[i] = (int)(random_uniform(0, 4, (uint64_t)i, 0) * l->model.config.vocab_size);
-    }
-    Forest f;
-    Batch b = {0};
-    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, PROMPT + CACHE_ALIGN + rows * (s.max_tokens + CACHE_ALIGN),
-                    rows > PROMPT ? rows : PROMPT, err) != 0) {
-        return -1;
-    }
-    double *seconds = xcalloc((size_t)s.repeat, sizeof(double));
-    for (int i = 0; i < s.repeat && status == 0; i++) {
-        Decoder d = {.settings = &s, .vocab_size = l->model.config.vocab_size};
-        forest_clear(&f);
-        double start = now();
-        status = decoder_add(&d, &f, &b, 0, ids, PROMPT, rows, err);
-        status = status == 0 && decode(&d, &f, &b, err) >= 0 ? 0 : -1;
-        seconds[i] = now() - start;
-        decoder_free(&d);
-    }
-    if (status == 0) {
-        char name[64];
-        snprintf(name, sizeof name, "decode of %d rows x %d tokens", rows, s.max_tokens);
-        report_times(&s, name, seconds, s.repeat, (double)rows * s.max_tokens, "tokens/s");
-    }
-    free(seconds);
-    batch_free(&b);
-    forest_close(&f);
-    return status;
-}
-
-/* Files to first use: weights mapped and checked, tokenizer built. */
-static int bench_load(const Settings *s, Engine *e, Err *err) {
-    double *model = xcalloc((size_t)s->repeat, sizeof(double)), *tokenizer = xcalloc((size_t)s->repeat, sizeof(double));
-    int status = 0;
-    for (int i = 0; i < s->repeat && status == 0; i++) {
-        Model m;
-        double start = now();
-        status = model_load(&m, s->model, e, err);
-        if (status == 0) {
-            model_free(&m);
-            model[i] = now() - start;
-            start = now();
-            Tokenizer *tok = tokenizer_load(s->model, err);
-            tokenizer[i] = now() - start;
-            status = tok ? 0 : -1;
-            tokenizer_free(tok);
-        }
-    }
-    if (status == 0) {
-        report_times(s, "weights mapped and checked", model, s->repeat, 1, "loads/s");
-        report_times(s, "tokenizer read", tokenizer, s->repeat, 1, "loads/s");
-    }
-    free(model);
-    free(tokenizer);
-    return status;
-}
-
-static int run_bench(const Settings *s, Err *err) {
-    const char *what = arrlen(s->argument) ? s->argument[0] : "all";
-    bool all = strcmp(what, "all") == 0;
-    const char *const parts[] = {"linear", "load", "forward", "decode"};
-    bool known = all;
-    for (int i = 0; i < 4; i++) {
-        known = known || strcmp(what, parts[i]) == 0;
-    }
-    if (!known) {
-        return fail(err, "bench measures linear, load, forward, decode or all; not '%s'", what);
-    }
-    Loaded l = {0};
-    int status;
-    if (strcmp(what, "linear") == 0) {
-        status = open_engine(&l.engine, s, err);
-        status = status == 0 ? bench_linear(s, l.engine, err) : -1;
-    } else {
-        status = load_all(&l, s, false, err);
-        if (status == 0 && (all || strcmp(what, "load") == 0)) {
-            status = bench_load(s, l.engine, err);
-        }
-        if (status == 0 && (all || strcmp(what, "forward") == 0)) {
-            status = bench_forward(s, &l, err);
-        }
-        if (status == 0 && (all || strcmp(what, "decode") == 0)) {
-            status = bench_decode(s, &l, err);
-        }
-    }
     unload(&l);
     return status;
 }

@@ -454,6 +454,76 @@ int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_toke
 int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err); /* frees w either way; sets row_count in the sidecar */
 void dataset_abandon(DatasetWriter *w);                        /* removes what was written */
 
+/* ------------------------------------------------------------------------------------------------ decoding
+ * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
+ * computed once for all its samples, and every step is the same: each live sample appends one token and gets logits. */
+
+typedef struct {
+    Sampler sampler;
+    int max_tokens;
+    bool ignore_eos;
+} Decoding;
+
+typedef struct {
+    int row, sample; /* keys of its random numbers: which prompt, which of its samples */
+    int seg;
+    int next;       /* the token to feed at the next step */
+    int *ids;       /* stb: drawn so far, without the end token */
+    double logprob; /* of everything drawn, the end token included */
+    bool done, ended; /* ended: at an end token, not at the length cap */
+} Sample;
+
+typedef struct {
+    Decoding how;
+    const int *eos;   /* stb */
+    int vocab_size;
+    Sample *sample;   /* stb */
+    int *live;        /* stb: indices of those still growing, in batch order */
+    void (*token)(void *context, const Sample *s, int id); /* called after each drawn token but the end; may be NULL */
+    void *context;
+} Decoder;
+
+/* Adds a prompt's samples: its tokens but the last go through the model now, the last one opens every sample. `row` keys
+ * the random numbers. */
+int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err);
+/* Steps until every sample is done; finished samples leave the batch at once. Returns the number of rows computed, or -1. */
+int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err);
+void decoder_free(Decoder *d);
+
+/* ------------------------------------------------------------------------------------------------ the command layer
+ * What nla.c, bench.c share: the settings a command line gives, and what most commands load. */
+
+typedef struct {
+    const char *command;
+    const char **argument; /* stb: what is not an option */
+    /* one field an option */
+    const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape;
+    int threads, samples, max_tokens, top_k, max_length, batch, repeat;
+    int64_t seed;
+    double temperature, top_p;
+    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors;
+} Settings;
+
+/* What most commands work with. */
+typedef struct {
+    Engine *engine;
+    Model model;
+    Tokenizer *tok;
+} Loaded;
+
+Decoding decoding_of(const Settings *s);
+int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err); /* tokenizer: false when no text is read or printed */
+void unload(Loaded *l);
+int open_engine(Engine **engine, const Settings *s, Err *err);
+int need(const char *value, const char *option, const Settings *s, Err *err); /* an error when the option was not given */
+void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3))); /* progress, on stderr */
+double now(void);                                                                          /* seconds */
+/* TEXT of the command line, standard input for "-", or --ids, as token ids (stb). */
+int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);
+
+int run_dump(const Settings *s, Err *err);
+int run_bench(const Settings *s, Err *err);
+
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
 int nla_main(int argc, char **argv);
 

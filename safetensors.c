@@ -872,18 +872,18 @@ static int yaml_read(YamlReader *r, Err *err) {
 static bool has_tag_directive(const char *text, size_t len) {
     const char *end = text + len;
     for (const char *p = text; (p = memmem(p, (size_t)(end - p), "%TAG", 4)); p++)
-        if (p == text || memchr("\n\r\x85\xA8\xA9\xBF", p[-1], 6)) return true;
+        if (p == text || strchr("\n\r\x85\xA8\xA9\xBF", p[-1])) return true;
     return false;
 }
 
 Yaml *yaml_parse(const char *text, size_t len, const char *file, Err *err) {
     YamlReader r = {.file = file, .text = text};
-    if (has_tag_directive(text, len)) {
-        fail(err, "%s: %%TAG directives are not supported", file);
-        return NULL;
-    }
     if (len > MAX_YAML_BYTES) {
         fail(err, "%s: %zu bytes of YAML; the limit is 16 MiB", file, len);
+        return NULL;
+    }
+    if (has_tag_directive(text, len)) {
+        fail(err, "%s: %%TAG directives are not supported", file);
         return NULL;
     }
     if (!yaml_parser_initialize(&r.parser)) {

@@ -177,10 +177,15 @@ def make_lines(count, added, seed=1):
 # ----------------------------------------------------------------------------------------------------- compare
 
 
-def timed(call, *args, **kwargs):
-    start = time.perf_counter()
-    result = call(*args, **kwargs)
-    return result, time.perf_counter() - start
+def in_batches(call, items):
+    """call() over slices of the items, joined, and the seconds: all of HF's encodings at once would take gigabytes."""
+    results, seconds = [], 0.0
+    for i in range(0, len(items), 2000):
+        start = time.perf_counter()
+        made = call(items[i : i + 2000])
+        seconds += time.perf_counter() - start
+        results += [getattr(item, "ids", item) for item in made]
+    return results, seconds
 
 
 def show(title, text, ours, theirs):
@@ -215,16 +220,15 @@ def compare_tokenizer(program, name, folder, count):
     texts = [line.decode(errors="replace") for line in lines]
 
     (plain, special), seconds = our_ids(program, path, lines)
-    encodings, hf_seconds = timed(hf.encode_batch_fast, texts, add_special_tokens=False)
-    hf_plain = [e.ids for e in encodings]
+    hf_plain, hf_seconds = in_batches(lambda part: hf.encode_batch_fast(part, add_special_tokens=False), texts)
     wrong = compare("ids", texts, plain, hf_plain)
-    hf_special = [e.ids for e in hf.encode_batch_fast(texts, add_special_tokens=True)]
+    hf_special, _ = in_batches(lambda part: hf.encode_batch_fast(part, add_special_tokens=True), texts)
     wrong += compare("ids with special tokens", texts, special, hf_special)
 
     id_lists = hf_special + list(random_ids(hf, random.Random(2), count // 10))
     (everything, shown), decode_seconds = our_texts(program, path, id_lists)
-    hf_all, hf_decode_seconds = timed(lambda: [hf.decode(ids, skip_special_tokens=False) for ids in id_lists])
-    hf_shown = [hf.decode(ids, skip_special_tokens=True) for ids in id_lists]
+    hf_all, hf_decode_seconds = in_batches(lambda part: hf.decode_batch(part, skip_special_tokens=False), id_lists)
+    hf_shown, _ = in_batches(lambda part: hf.decode_batch(part, skip_special_tokens=True), id_lists)
     wrong += compare("decoded", id_lists, everything, [t.encode() for t in hf_all])
     wrong += compare("decoded without special tokens", id_lists, shown, [t.encode() for t in hf_shown])
 
@@ -239,6 +243,14 @@ def compare_tokenizer(program, name, folder, count):
 
 
 # ----------------------------------------------------------------------------------------------------- chat
+
+
+def read_config(folder):
+    """tokenizer_config.json, of several chat templates the default one."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if isinstance(config.get("chat_template"), list):
+        config["chat_template"] = next(t["template"] for t in config["chat_template"] if t["name"] == "default")
+    return config
 
 
 def render(config, messages, generate, date):
@@ -304,9 +316,7 @@ def expected_chats(config):
 
 
 def compare_chats(program, name, folder):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    if "chat_template" not in config:
-        return 0
+    config = read_config(folder)
     chats = list(expected_chats(config))
     ours = [our_chat(program, folder, conversation, generate, date) for conversation, generate, date, _ in chats]
     wrong = compare(f"chat of {name}", [c[:3] for c in chats], ours, [c[3] for c in chats])
@@ -377,7 +387,7 @@ def write_golden():
                 row |= {"decoded": hf.decode(ids, skip_special_tokens=True), "all": hf.decode(ids, skip_special_tokens=False)}
                 out.write(json.dumps(row) + "\n")
     for folder in sorted(p.parent for p in GOLDEN.glob("*/tokenizer_config.json")):
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config = read_config(folder)
         with (folder / "chat.jsonl").open("w") as out:
             for conversation, generate, date, text in expected_chats(config):
                 row = {"messages": conversation, "generate": generate, "date": date, "text": text}
@@ -457,7 +467,7 @@ def main():
         if args.unicode:
             print_unicode(program)
             return 0
-        print(f"tokenizers {tokenizers.__version__}, one thread each; MB/s and ratio of encoding, ratio of decoding")
+        print(f"tokenizers {tokenizers.__version__}, one thread each; MB/s and ratio of encoding, ratio of decoding", flush=True)
         print(f"{'':10} {'lines':>8} {'mismatches':>10} {'nla MB/s':>9} {'HF MB/s':>8} {'ratio':>7} {'decoding':>9} {'load s':>8}")
         wrong = sum(compare_tokenizer(program, name, folder, args.lines) for name, folder in folders.items())
         wrong += sum(compare_chats(program, n, d) for n, d in folders.items() if (d / "tokenizer_config.json").exists())
