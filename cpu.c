@@ -39,6 +39,7 @@ enum { LANES = 4, TILE_ROWS = 2, TILE_VECTORS = 2 };
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * LANES)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * LANES)));
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef Vec VecAnywhere __attribute__((aligned(4), may_alias));
 typedef Vec4 Vec4Anywhere __attribute__((aligned(4), may_alias));
@@ -105,8 +106,8 @@ INLINE Vec vec_exp(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    VecInt exponent = ((VecInt)shifted - (VecInt)splat(magic)) << 23;
-    Vec result = (Vec)((VecInt)p + exponent);
+    VecBits exponent = ((VecBits)shifted - (VecBits)splat(magic)) << 23;
+    Vec result = (Vec)((VecBits)p + exponent);
     return choose(x < -87.3f, splat(0), result);
 }
 
@@ -311,7 +312,7 @@ static void dot_rows(int mr, bool bf16, const float *x, const float *w, int k, V
 /* Rounds fp32 to bf16; the last 32-group is filled with zeros. */
 static void narrow(uint16_t *out, const float *in, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
-        __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
         __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
         _mm256_storeu_si256((__m256i *)(void *)(out + i), (__m256i)half);
     }
@@ -475,7 +476,7 @@ INLINE void rmsnorm_row(float *out, const float *x, const float *w, int D, float
 static void cpu_rmsnorm(Engine *e, Act *out, const Act *x, const Tensor *w, int N, int D, float eps, int plus_one) {
     Cpu *cpu = e->scratch;
     const float *weight = widened_norm(&cpu->thread[0], w, D, plus_one);
-#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * D > WORTH_THREADS / 4)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * D * 4 > WORTH_THREADS)
     for (int n = 0; n < N; n++) {
         size_t at = (size_t)n * (size_t)D;
         rmsnorm_row((float *)out + at, (const float *)x + at, weight, D, eps);
@@ -483,7 +484,7 @@ static void cpu_rmsnorm(Engine *e, Act *out, const Act *x, const Tensor *w, int 
 }
 
 static void cpu_gated(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu) {
-#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * F > WORTH_THREADS / 16)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * F * 16 > WORTH_THREADS)
     for (int n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + (size_t)n * 2 * (size_t)F, *up = gate + F;
         float *row = (float *)out + (size_t)n * (size_t)F;
@@ -544,7 +545,7 @@ static void cpu_rope_qkv(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, cons
                          const int *cache_row, int N, int H, int G, int E) {
     Cpu *cpu = e->scratch;
     size_t width = (size_t)(H + 2 * G) * (size_t)E, half = (size_t)E / 2;
-#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * (double)width > WORTH_THREADS / 8)
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * (double)width * 8 > WORTH_THREADS)
     for (int n = 0; n < N; n++) {
         Scratch *s = &cpu->thread[omp_get_thread_num()];
         const float *in = (const float *)qkv + (size_t)n * width;
@@ -635,7 +636,7 @@ INLINE void softmax_tile(float *score, int from, int to, float *largest, float *
         memset(score, 0, KEY_TILE * sizeof(float));
         return;
     }
-    Vec index, best = splat(-INFINITY);
+    Vec index = {0}, best = splat(-INFINITY);
     for (int i = 0; i < LANES; i++) {
         index[i] = (float)i;
     }
@@ -914,7 +915,7 @@ static void sample_row(const float *logits, int V, float temperature, int top_k,
 
 static void cpu_sample(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
                        float top_p, const double *uniform) {
-#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1 && (double)n * V > WORTH_THREADS / 8)
+#pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1 && (double)n * V * 8 > WORTH_THREADS)
     for (int i = 0; i < n; i++) {
         sample_row((const float *)logits + (size_t)i * (size_t)V, V, temperature, top_k, top_p, uniform ? uniform[i] : 0,
                    &token[i], logprob ? &logprob[i] : NULL);

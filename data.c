@@ -24,8 +24,8 @@
 
 #include <stb/stb_ds.h>
 
-static const size_t MAX_DOCUMENT = (size_t)1
-                                   << 30; /* a gzip bomb without a newline ends here, not at the last byte of RAM */
+/* A gzip bomb without a newline ends here, not at the last byte of RAM. */
+static const size_t MAX_DOCUMENT = (size_t)1 << 30;
 enum { READ_BYTES = 1 << 18 };
 
 /* ------------------------------------------------------------------------------------------------ corpus: bytes */
@@ -39,6 +39,8 @@ struct Corpus {
     pid_t gzip;  /* the process that unpacks into fd, or 0 */
     Form form;
     int64_t line; /* lines read so far; WHOLE: documents */
+    double size;  /* bytes of all files, 0 for stdin */
+    double used;  /* bytes of them that are behind us; a gzipped file counts when it ends */
     char *buffer; /* [READ_BYTES], bytes at..filled not used yet */
     size_t at, filled;
     char *text;   /* stb: the line or file being read */
@@ -103,6 +105,7 @@ static int fill(Corpus *c, Err *err) {
     if (got < 0) return fail(err, "%s: %s", current(c), strerror(errno));
     c->at = 0;
     c->filled = (size_t)got;
+    if (!c->gzip) c->used += (double)got;
     if (got == 0 && c->gzip) return wait_gzip(c, err);
     return got > 0;
 }
@@ -296,9 +299,18 @@ Corpus *corpus_open(const char *path, Err *err) {
     c->fd = -1;
     c->form = WHOLE;
     c->buffer = xmalloc(READ_BYTES);
-    if (!list_files(c, path, err)) return c;
-    corpus_close(c);
-    return NULL;
+    if (list_files(c, path, err)) {
+        corpus_close(c);
+        return NULL;
+    }
+    struct stat info;
+    for (int i = 0; i < arrlen(c->path) && c->form == WHOLE; i++)
+        if (!stat(c->path[i], &info)) c->size += (double)info.st_size;
+    return c;
+}
+
+double corpus_fraction(const Corpus *c) {
+    return c->size > 0 ? (c->used < c->size ? c->used / c->size : 1) : -1;
 }
 
 int corpus_next(Corpus *c, Document *doc, Err *err) {
@@ -311,6 +323,8 @@ int corpus_next(Corpus *c, Document *doc, Err *err) {
             *doc = c->doc;
             return 1;
         }
+        struct stat info;
+        if (ends_with(current(c), strlen(current(c)), ".gz") && !stat(current(c), &info)) c->used += (double)info.st_size;
         close_file(c);
     }
 }

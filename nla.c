@@ -199,6 +199,23 @@ void note(const Settings *s, const char *format, ...) {
     }
 }
 
+void progress(const Settings *s, double *last, double start, double count, const char *unit, double fraction, bool done) {
+    bool terminal = isatty(STDERR_FILENO);
+    double t = now(), seconds = t - start;
+    if (s->quiet || (!done && t - (*last > 0 ? *last : start) < (terminal ? 1 : 10))) {
+        return;
+    }
+    *last = t;
+    fprintf(stderr, "%s%s: %.0f %s, %.0f/s", terminal ? "\r\033[K" : "", s->command, count, unit, count / (seconds + 1e-9));
+    if (done) {
+        fprintf(stderr, ", %.1f s", seconds);
+    } else if (fraction > 0) {
+        double left = seconds * (1 - fraction) / fraction;
+        fprintf(stderr, ", %.0f%%, %.0f:%02d left", 100 * fraction, floor(left / 60), (int)fmod(left, 60));
+    }
+    fputs(done || !terminal ? "\n" : "", stderr);
+}
+
 int need(const char *value, const char *option, const Settings *s, Err *err) {
     return value ? 0 : fail(err, "--%s is needed; see: nla help %s", option, s->command);
 }
@@ -959,18 +976,15 @@ static int capture_corpus(Capture *c, const Loaded *l, const Settings *s, Err *e
     if (status == 0) {
         status = forest_open(&f, (Model *)&l->model, highest + 1, s->max_length, s->max_length, err);
     }
-    int64_t tokens = 0, documents = 0;
-    double start = now();
+    int64_t tokens = 0;
+    double start = now(), spoke = 0;
     int more = 0;
     while (status == 0 && (more = corpus_next(corpus, &doc, err)) == 1) {
         status = capture_document(c, l, s, &f, &b, &doc, &tokens, err);
-        if (++documents % 100 == 0) {
-            note(s, "%lld documents, %lld tokens, %.0f tokens/s\n", (long long)documents, (long long)tokens,
-                 (double)tokens / (now() - start));
-        }
+        progress(s, &spoke, start, (double)tokens, "tokens", corpus_fraction(corpus), false);
     }
     if (status == 0 && more == 0) {
-        note(s, "%lld documents, %lld tokens in %.2f s\n", (long long)documents, (long long)tokens, now() - start);
+        progress(s, &spoke, start, (double)tokens, "tokens", 1, true);
     }
     forest_close(&f);
     batch_free(&b);

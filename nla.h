@@ -443,6 +443,7 @@ typedef struct {
 } Document;
 Corpus *corpus_open(const char *path, Err *err);
 int corpus_next(Corpus *corpus, Document *doc, Err *err); /* 1 a document (borrowed until the next call), 0 the end, -1 */
+double corpus_fraction(const Corpus *corpus); /* how much of it has been read, 0 to 1; -1 when nobody can know (stdin) */
 void corpus_close(Corpus *corpus);
 
 /* Writer of a dataset directory (../docs/formats.md): rows are appended, the directory appears under its name when
@@ -516,7 +517,10 @@ int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err); /* tokeniz
 void unload(Loaded *l);
 int open_engine(Engine **engine, const Settings *s, Err *err);
 int need(const char *value, const char *option, const Settings *s, Err *err); /* an error when the option was not given */
-void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3))); /* progress, on stderr */
+void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3))); /* on stderr, unless quiet */
+/* A progress line, once a second on a terminal (in place) and every ten seconds in a log: count and rate of `unit`, and the time left
+ * when the fraction done (0 to 1) is known. `last` keeps when it spoke, zeroed by the caller; done: the closing line. */
+void progress(const Settings *s, double *last, double start, double count, const char *unit, double fraction, bool done);
 double now(void);                                                                          /* seconds */
 /* TEXT of the command line, standard input for "-", or --ids, as token ids (stb). */
 int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);

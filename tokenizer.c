@@ -68,8 +68,8 @@ typedef struct {
     unsigned char byte;
 } TrieNode;
 typedef struct {
-    TrieNode *node;  /* stb */
-    int first[256];  /* node of each first byte */
+    TrieNode *node; /* stb */
+    int first[256]; /* node of each first byte */
 } Trie;
 
 typedef struct {
@@ -107,7 +107,7 @@ struct Tokenizer {
     MergeSlot *merge;
     size_t merge_mask;
 
-    Trie added[2]; /* cut from the text before and after normalisation */
+    Trie added[2];        /* cut from the text before and after normalisation */
     Normalize *normalize; /* stb */
     Split *split;         /* stb */
 
@@ -210,9 +210,18 @@ static void append_repaired(char **out, const char *text, size_t len) {
  * Before matching, each of them is replaced by an older character of the same category and length in UTF-8 (stand_in),
  * which changes no offset and, since patterns name classes only, nothing else. A newer PCRE2 is not disturbed by it. */
 enum {
-    LU = UTF8PROC_CATEGORY_LU, LL = UTF8PROC_CATEGORY_LL, LM = UTF8PROC_CATEGORY_LM, LO = UTF8PROC_CATEGORY_LO,
-    MN = UTF8PROC_CATEGORY_MN, MC = UTF8PROC_CATEGORY_MC, ND = UTF8PROC_CATEGORY_ND, NO = UTF8PROC_CATEGORY_NO,
-    PD = UTF8PROC_CATEGORY_PD, PO = UTF8PROC_CATEGORY_PO, SM = UTF8PROC_CATEGORY_SM, SO = UTF8PROC_CATEGORY_SO,
+    LU = UTF8PROC_CATEGORY_LU,
+    LL = UTF8PROC_CATEGORY_LL,
+    LM = UTF8PROC_CATEGORY_LM,
+    LO = UTF8PROC_CATEGORY_LO,
+    MN = UTF8PROC_CATEGORY_MN,
+    MC = UTF8PROC_CATEGORY_MC,
+    ND = UTF8PROC_CATEGORY_ND,
+    NO = UTF8PROC_CATEGORY_NO,
+    PD = UTF8PROC_CATEGORY_PD,
+    PO = UTF8PROC_CATEGORY_PO,
+    SM = UTF8PROC_CATEGORY_SM,
+    SO = UTF8PROC_CATEGORY_SO,
     CF = UTF8PROC_CATEGORY_CF,
 };
 typedef struct {
@@ -457,7 +466,7 @@ typedef struct {
     Err *err;
     int **ids; /* where they go */
     pcre2_match_data *match;
-    int *word; /* stb: symbols of the word at hand */
+    int *word;               /* stb: symbols of the word at hand */
     char *spelled, *subject; /* stb */
     Symbol *symbol;          /* stb */
     Candidate *queue;        /* stb, a binary heap */
@@ -486,8 +495,7 @@ static int run_regex(Encoder *e, const Pattern *pattern, const char *text, size_
     PCRE2_SPTR subject = (PCRE2_SPTR)text;
     const uint32_t options = PCRE2_NO_UTF_CHECK; /* append_repaired has seen to it */
     int rc = PCRE2_ERROR_JIT_STACKLIMIT;
-    if (pattern->compiled)
-        rc = pcre2_jit_match(pattern->regex, subject, len, from, options, e->match, e->tok->limits);
+    if (pattern->compiled) rc = pcre2_jit_match(pattern->regex, subject, len, from, options, e->match, e->tok->limits);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* no machine code, or the match is too deep for its stack */
         rc = pcre2_match(pattern->regex, subject, len, from, options | PCRE2_NO_JIT, e->match, e->tok->limits);
     return rc;
@@ -987,11 +995,11 @@ typedef struct {
     const char *file;
     Err *err;
     char *arena_end;
-    int steps;            /* of the Sequence at hand */
-    bool decode_bytes;    /* the decoder is ByteLevel */
-    bool joined;          /* the decoder has joined its tokens (ByteFallback, Fuse) */
-    Normalize *replace;   /* stb: the decoder's Replace steps */
-    char *scratch;        /* stb */
+    int steps;          /* of the Sequence at hand */
+    bool decode_bytes;  /* the decoder is ByteLevel */
+    bool joined;        /* the decoder has joined its tokens (ByteFallback, Fuse) */
+    Normalize *replace; /* stb: the decoder's Replace steps */
+    char *scratch;      /* stb */
 } Loader;
 
 static int refuse(const Loader *l, const char *field, const char *why) {
@@ -1038,7 +1046,7 @@ static Text read_text(const Loader *l, int node) {
 
 static const char *keep(Loader *l, const char *bytes, size_t len) {
     char *kept = l->arena_end;
-    memcpy(kept, bytes, len);
+    if (len) memcpy(kept, bytes, len);
     l->arena_end += len;
     return kept;
 }
@@ -1048,10 +1056,12 @@ static int new_token(Loader *l, const char *field, const char *text, size_t len,
     uint32_t hash = token_hash(text, len);
     TokenSlot *slot = token_slot(tok, hash, text, len);
     if (slot->id >= 0)
-        return fail(l->err, "%s: %s: the token \"%.*s\" stands twice", l->file, field, (int)(len < 60 ? len : 60), text);
+        return fail(l->err, "%s: %s: the token \"%.*s\" stands twice", l->file, field, (int)(len < 60 ? len : 60),
+                    text);
     if (tok->token[id].text) return fail(l->err, "%s: %s: two tokens have the id %d", l->file, field, id);
     *slot = (TokenSlot){hash, id};
-    tok->token[id] = (Token){.text = keep(l, text, len), .len = (uint32_t)len};
+    const char *kept = keep(l, text, len);
+    tok->token[id] = (Token){.text = kept, .piece = kept, .len = (uint32_t)len, .piece_len = (uint32_t)len};
     if (len > tok->longest) tok->longest = len;
     return 0;
 }
@@ -1080,7 +1090,9 @@ static int make_tables(Loader *l, int vocab, int added) {
     tok->slot = xmalloc(slots * sizeof *tok->slot);
     memset(tok->slot, 0xFF, slots * sizeof *tok->slot);
     tok->slot_mask = slots - 1;
-    tok->arena = l->arena_end = xmalloc(2 * l->json.len); /* each token's text and its piece, neither longer than there */
+    /* each token's text and piece, not longer than in the file; the normalised texts and pieces of added tokens */
+    size_t normalized = 2 * (size_t)MAX_ADDED_BYTES * (size_t)json_size(&l->json, added);
+    tok->arena = l->arena_end = xmalloc(2 * l->json.len + normalized);
     return 0;
 }
 
@@ -1169,7 +1181,8 @@ static int add_merge(Loader *l, Text left, Text right, int rank) {
     int id = find_in_model(tok, l->scratch, arrlenu(l->scratch));
     if (id < 0) return refuse_merge(l, rank, l->scratch, arrlenu(l->scratch));
 
-    MergeSlot *slot = merge_slot(tok, left_id, right_id); /* a pair that stands twice has its later rank, as HF has it */
+    MergeSlot *slot =
+        merge_slot(tok, left_id, right_id); /* a pair that stands twice has its later rank, as HF has it */
     *slot = (MergeSlot){(uint64_t)left_id << 32 | (uint64_t)right_id, (uint64_t)rank << 32 | (uint64_t)id};
     if (!tok->byte_level && left.len && right.len >= 3 && !memcmp(right.text, "▁", 3)) {
         size_t last = char_before(left.text, left.len);
@@ -1223,8 +1236,7 @@ static int read_model(Loader *l, int model) {
  * ("ss" with "ß") where PCRE2 does not, but not in these. */
 static const char contractions[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
 /* What ByteLevel splits with when use_regex is true. */
-static const char gpt2_regex[] =
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+static const char gpt2_regex[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
 /* Length of the escape at p when it means the same to both engines, else 0. \w, \b and \h do not. */
 static size_t known_escape(const char *p) {
@@ -1448,20 +1460,20 @@ static int read_decoder(Loader *l, const char *field, int node) {
 }
 
 /* Reads the text as the byte alphabet into scratch; false when it holds another character. */
-static bool spell_bytes(Loader *l, const Token *token, const short byte_of[0x144]) {
+static bool spell_bytes(Loader *l, const char *text, size_t len, const short byte_of[0x144]) {
     arrsetlen(l->scratch, 0);
     int cp;
-    for (size_t at = 0; at < token->len;) {
-        at += read_char(token->text + at, token->len - at, &cp);
+    for (size_t at = 0; at < len;) {
+        at += read_char(text + at, len - at, &cp);
         if (cp >= 0x144 || byte_of[cp] < 0) return false;
         arrput(l->scratch, (char)byte_of[cp]);
     }
     return true;
 }
 
-static void replace_all(Loader *l, const Token *token) {
+static void replace_all(Loader *l, const char *text, size_t len) {
     arrsetlen(l->scratch, 0);
-    append(&l->scratch, token->text, token->len);
+    append(&l->scratch, text, len);
     for (int i = 0; i < arrlen(l->replace); i++) {
         const Normalize *step = &l->replace[i];
         for (size_t at = 0, n; (n = arrlenu(l->scratch)) > at;) {
@@ -1476,7 +1488,7 @@ static void replace_all(Loader *l, const Token *token) {
     }
 }
 
-/* What each token adds to a decoded text. */
+/* Makes each token's piece, so far the text that the decoder is given, what it adds to a decoded text. */
 static void make_pieces(Loader *l) {
     Tokenizer *tok = l->tok;
     int alphabet[256];
@@ -1487,10 +1499,10 @@ static void make_pieces(Loader *l) {
     for (int id = 0; id < tok->n_ids; id++) {
         Token *token = &tok->token[id];
         if (!token->text) continue;
-        token->piece = token->text;
-        token->piece_len = token->len;
-        if (l->decode_bytes && !spell_bytes(l, token, byte_of)) continue;
-        if (!l->decode_bytes) replace_all(l, token);
+        const char *text = token->piece;
+        size_t len = token->piece_len;
+        if (l->decode_bytes && !spell_bytes(l, text, len, byte_of)) continue;
+        if (!l->decode_bytes) replace_all(l, text, len);
         size_t n = arrlenu(l->scratch);
         const char *piece = l->scratch;
         token->is_byte = tok->decode_fallback && n == 6 && !memcmp(piece, "<0x", 3) && piece[5] == '>' &&
@@ -1499,7 +1511,7 @@ static void make_pieces(Loader *l) {
             char hex[3] = {piece[3], piece[4], '\0'}, byte = (char)strtol(hex, NULL, 16);
             token->piece = keep(l, &byte, 1);
             token->piece_len = 1;
-        } else if (n != token->len || (n && memcmp(piece, token->text, n))) {
+        } else if (n != len || (n && memcmp(piece, text, n))) {
             token->piece = keep(l, piece, n);
             token->piece_len = (uint32_t)n;
         }
@@ -1507,6 +1519,29 @@ static void make_pieces(Loader *l) {
 }
 
 /* ------------------------------------------------------------------------------------------------ loading: the file */
+
+/* A token with `normalized` is looked for in the normalised text. `tokenizers` also decodes it so, and then does not know
+ * it as special when that is another text. */
+static int normalize_added_token(Loader *l, int id) {
+    Tokenizer *tok = l->tok;
+    Token *token = &tok->token[id];
+    const char *text = token->text;
+    size_t len = token->len;
+    char *own = NULL;
+    Encoder e;
+    encoder_open(&e, tok, NULL, l->err);
+    int rc = normalize(&e, &text, &len, &own);
+    if (!rc && len > MAX_ADDED_BYTES) rc = refuse(l, "added_tokens", "a normalised content takes more than 4096 bytes");
+    if (!rc && (len != token->len || memcmp(text, token->text, len))) {
+        token->special = false;
+        token->piece = keep(l, text, len);
+        token->piece_len = (uint32_t)len;
+    }
+    if (!rc) trie_add(&tok->added[1], text, len, id);
+    encoder_close(&e);
+    arrfree(own);
+    return rc;
+}
 
 static int read_added_token(Loader *l, int node) {
     Tokenizer *tok = l->tok;
@@ -1529,20 +1564,9 @@ static int read_added_token(Loader *l, int node) {
         read_bool(l, field, node, "single_word", false, &token->single_word))
         return -1;
     token->special = special;
-    if (!normalized) {
-        trie_add(&tok->added[0], token->text, token->len, (int)id);
-        return 0;
-    }
-    const char *text = token->text;
-    size_t len = token->len;
-    char *own = NULL;
-    Encoder e;
-    encoder_open(&e, tok, NULL, l->err);
-    rc = normalize(&e, &text, &len, &own);
-    if (!rc) trie_add(&tok->added[1], text, len, (int)id);
-    encoder_close(&e);
-    arrfree(own);
-    return rc;
+    if (normalized) return normalize_added_token(l, (int)id);
+    trie_add(&tok->added[0], token->text, token->len, (int)id);
+    return 0;
 }
 
 /* `truncation` and `padding` are passed over: transformers sets both anew for each call. */
@@ -1764,7 +1788,8 @@ static void append_qwen3_assistant(char **out, const char *content, bool after_q
         answer += strspn(answer, "\n");
         for (; end > content && end[-1] == '\n'; end--) {}
         thought = content;
-        for (const char *p = content; (p = strstr(p, open)) && p + sizeof open - 1 <= end;) thought = p += sizeof open - 1;
+        for (const char *p = content; (p = strstr(p, open)) && p + sizeof open - 1 <= end;)
+            thought = p += sizeof open - 1;
         for (; thought < end && *thought == '\n'; thought++) {}
         thought_len = (size_t)(end - thought);
     }
@@ -1850,8 +1875,8 @@ static bool names_any(const char *template, const char *const words[], int n) {
 
 /* ChatML templates come in kinds; what is not Qwen3's must be the plain one, without any of these. */
 static bool plain_chatml(const char *template) {
-    static const char *const beyond[] = {"trim",     "strip(",   "raise_exception", "bos_token", "strftime",
-                                         "<think>",  "reasoning", "enable_thinking", "macro"};
+    static const char *const beyond[] = {"trim",    "strip(",    "raise_exception", "bos_token", "strftime",
+                                         "<think>", "reasoning", "enable_thinking", "macro"};
     return !names_any(template, beyond, LENGTH(beyond));
 }
 
@@ -1874,8 +1899,10 @@ static int render(const Tokenizer *tok, const ChatMessage *message, int n, bool 
     }
     if (strstr(template, "<start_of_turn>") && strstr(template, "first_user_prefix"))
         return render_gemma3(tok, message, n, generation_prompt, out, err);
-    return fail(err, "%s: chat_template: is none of those implemented: ChatML as SmolLM2, Qwen2.5 and Qwen3 have it, "
-                "Llama 3 and 3.1, Gemma 3", tok->config_file);
+    return fail(err,
+                "%s: chat_template: is none of those implemented: ChatML as SmolLM2, Qwen2.5 and Qwen3 have it, "
+                "Llama 3 and 3.1, Gemma 3",
+                tok->config_file);
 }
 
 char *chat_render(const Tokenizer *tok, const ChatMessage *message, int n, bool generation_prompt, const char *date,

@@ -17,6 +17,8 @@ docs/parity.md.
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait by spinning take the processor from others; on a busy machine this comparison would take hours.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import datetime

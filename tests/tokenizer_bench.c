@@ -32,7 +32,7 @@ static void die(const char *why) {
     exit(1);
 }
 
-static double now(void) {
+static double clock_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -67,9 +67,9 @@ static Tokenizer *open_file(const char *path) {
 static void run_load(const char *path, int times) {
     double best = 1e9;
     for (int i = 0; i < times; i++) {
-        double start = now();
+        double start = clock_now();
         tokenizer_free(open_file(path));
-        if (now() - start < best) best = now() - start;
+        if (clock_now() - start < best) best = clock_now() - start;
     }
     printf("%.4f\n", best);
 }
@@ -82,9 +82,9 @@ static void encode_all(const Tokenizer *tok, const Record *records, bool special
     for (int i = 0; i < arrlen(records); i++) {
         Err err = {0};
         if (ids) arrsetlen(ids, 0);
-        double start = now();
+        double start = clock_now();
         if (tokenizer_encode(tok, records[i].bytes, records[i].len, special, &ids, &err)) die(err.msg);
-        seconds += now() - start;
+        seconds += clock_now() - start;
         write_record(out, ids, (uint32_t)arrlen(ids), sizeof *ids);
     }
     if (fclose(out)) die("cannot write the ids");
@@ -98,9 +98,10 @@ static void decode_all(const Tokenizer *tok, const Record *records, bool skip_sp
     double seconds = 0;
     for (int i = 0; i < arrlen(records); i++) {
         size_t len;
-        double start = now();
-        char *text = tokenizer_decode(tok, (const int *)(const void *)records[i].bytes, (int)records[i].len, skip_special, &len);
-        seconds += now() - start;
+        double start = clock_now();
+        char *text =
+            tokenizer_decode(tok, (const int *)(const void *)records[i].bytes, (int)records[i].len, skip_special, &len);
+        seconds += clock_now() - start;
         write_record(out, text, (uint32_t)len, 1);
         free(text);
     }

@@ -334,7 +334,7 @@ GOLDEN_TEXTS = [
     "for (int i = 0; i < n; i++) { x += i; }", "\u2581a \u2581\u2581b", "\ufffd \ufffe \U0010ffff", "a\u0897b \u2ffc1 \U00010d40",
     "<|im_start|>user\nHi<|im_end|>", "x<|begin_of_text|>y<|eot_id|>", "<bos><start_of_turn>user\nHi<end_of_turn>\n",
     "<|im_start|", "<think>a</think>", "</table><unused7>", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    " " * 70 + "x", "\n" * 40, "q\u0301\u0323 q\u0898\u0323", "\u11935\u11930", "the the the\u00e9the", "<0x41><unk>",
+    " " * 70 + "x", "\n" * 40, "q\u0301\u0323 q\u0898\u0323", "\U00011935\U00011930", "the the the\u00e9the", "<0x41><unk>",
 ]  # fmt: skip
 
 
@@ -378,7 +378,7 @@ def write_golden():
         config = json.loads((source / "tokenizer_config.json").read_text())
         config = {k: config.get(k) for k in ("bos_token", "eos_token", "chat_template")}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for folder in sorted(p.parent for p in GOLDEN.glob("*/tokenizer.json")):
+    for folder in [GOLDEN / name for name in KNOWN] + sorted(GOLDEN.glob("odd_*")):
         hf = Tokenizer.from_file(str(folder / "tokenizer.json"))
         with (folder / "expected.jsonl").open("w") as out:
             for text in GOLDEN_TEXTS if folder.name in KNOWN else ODD_TEXTS:
