@@ -11,10 +11,10 @@ usage() {
     cat <<'END'
 usage: ./build.sh             build ./nla (and install the distribution's packages it lacks)
        ./build.sh test        everything CI checks: tests, sanitizers, fuzzing, linters
-                              (one test: build/test/run --filter 'suite/name')
        ./build.sh fuzzers     build build/fuzz/fuzz_*; tests/fuzz.sh [SECONDS] runs them
-       ./build.sh bench ...   measure: ./nla bench ..., and PyTorch beside it when the venv of `golden` is there
-       ./build.sh golden ...  make the expected values again from PyTorch (tests/golden.py ..., in $NLA_VENV)
+       ./build.sh unit ...    the Criterion tests alone, arguments to Criterion (--filter 'suite/name')
+       ./build.sh bench ...   measure against PyTorch and OpenBLAS (tests/bench.py ...); without the venv of `golden`, nla alone
+       ./build.sh golden      make the expected values again from PyTorch (tests/golden*.py, in $NLA_VENV)
        ./build.sh demo        the round trip with a trained pair
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
@@ -377,12 +377,25 @@ run_tests() {
     [ $failed = 0 ]
 }
 
-# ------------------------------------------------------------------------------------------------- bench, golden
+# ------------------------------------------------------------------------------------------------- unit, bench, golden
+
+unit() {
+    need_to_build
+    need libcriterion-dev:criterion/criterion.h || exit 1
+    find_cuda
+    write_makefile test "$CC" "$cflags -Werror" "$nvcc"
+    run_make test build/test/run
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive build/test/run --jobs=1 "$@"
+}
 
 bench() {
     build_release
-    ./nla bench "$@"
-    if [ -x "$venv/bin/python" ] && [ -f tests/bench.py ]; then "$venv/bin/python" tests/bench.py "$@"; fi
+    if [ -x "$venv/bin/python" ]; then
+        "$venv/bin/python" tests/bench.py "$@"
+    else
+        say "no PyTorch in $venv (./build.sh golden makes it): measuring nla alone"
+        ./nla bench "$@"
+    fi
 }
 
 golden() {
@@ -397,7 +410,8 @@ golden() {
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt
         cp tests/requirements.txt "$venv/nla-requirements.txt"
     fi
-    "$venv/bin/python" tests/golden.py "$@"
+    "$venv/bin/python" tests/golden.py
+    "$venv/bin/python" tests/golden_method.py
 }
 
 command=${1:-build}
@@ -407,7 +421,8 @@ build) build_release ;;
 test) run_tests ;;
 fuzzers) build_fuzzers ;;
 bench) bench "$@" ;;
-golden) golden "$@" ;;
+unit) unit "$@" ;;
+golden) golden ;;
 demo) die "the demo comes with the trained AV and AR pair, which is not in this version" ;;
 clean) rm -rf build nla ;;
 help | -h | --help) usage ;;

@@ -719,9 +719,11 @@ void forest_close(Forest *f) {
     *f = (Forest){0};
 }
 
-void forest_clear(Forest *f) {
-    arrsetlen(f->segment, 0);
-    f->used = 0;
+void forest_cut(Forest *f, int segments) {
+    if (segments < (int)arrlen(f->segment)) {
+        f->used = f->segment[segments].row;
+        arrsetlen(f->segment, segments);
+    }
 }
 
 int forest_add(Forest *f, int parent, int cap, Err *err) {
@@ -749,12 +751,20 @@ void batch_clear(Batch *b) {
     arrsetlen(b->token, 0);
     arrsetlen(b->run, 0);
     arrsetlen(b->out_row, 0);
+    arrsetlen(b->inject, 0);
 }
 
 void batch_free(Batch *b) {
     arrfree(b->token);
     arrfree(b->run);
     arrfree(b->out_row);
+    arrfree(b->inject);
+}
+
+void batch_inject(Batch *b, int row, const float *vector) {
+    arraddnptr(b->inject, 1);
+    arrlast(b->inject).row = row;
+    arrlast(b->inject).vector = vector;
 }
 
 void batch_add(Batch *b, const Forest *f, int seg, const int *token, int n, int want_logits) {
@@ -884,6 +894,9 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
     }
     place_rows(f, b);
     e->embed(e, f->x, &m->embed, b->token, N, D, m->config.embed_scale);
+    for (int i = 0; i < (int)arrlen(b->inject); i++) {
+        e->write(e, f->x, (size_t)b->inject[i].row * (size_t)D, b->inject[i].vector, (size_t)D);
+    }
     seen(tap, e, "model.embed_tokens", -1, f->x, 0, N, D);
     for (int layer = 0; layer < f->blocks; layer++) {
         forward_block(f, b, layer, tap);

@@ -329,112 +329,6 @@ static void print_ids(FILE *out, const int *ids, int n) {
     fputc(']', out);
 }
 
-/* Runs tokens of one segment through the model, as many rows at a time as the forest has working memory for. */
-static int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *tap, Err *err) {
-    for (int i = 0; i < n; i += f->max_rows) {
-        batch_clear(b);
-        batch_add(b, f, seg, ids + i, n - i < f->max_rows ? n - i : f->max_rows, 0);
-        if (model_forward(f, b, NULL, tap, err) != 0) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* ------------------------------------------------------------------------------------------------ decoding */
-
-double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
-    uint64_t key[4] = {seed, a, b, c};
-    return (double)(XXH3_64bits(key, sizeof key) >> 11) * 0x1p-53;
-}
-
-static bool is_end(const Decoder *d, int id) {
-    for (int i = 0; i < (int)arrlen(d->eos); i++) {
-        if (d->eos[i] == id) {
-            return !d->how.ignore_eos;
-        }
-    }
-    return false;
-}
-
-/* A step's logits: draws a token for each live sample. */
-static void draw_tokens(void *context, Engine *e, const Act *logits, int first, int n) {
-    Decoder *d = context;
-    const Sampler *s = &d->how.sampler;
-    int token[LOGIT_ROWS];
-    float logprob[LOGIT_ROWS];
-    double uniform[LOGIT_ROWS] = {0};
-    for (int i = 0; i < n; i++) {
-        const Sample *x = &d->sample[d->live[first + i]];
-        uniform[i] = random_uniform(s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
-    }
-    e->sample(e, token, logprob, logits, n, d->vocab_size, s->temperature, s->top_k, s->top_p, uniform);
-    for (int i = 0; i < n; i++) {
-        Sample *x = &d->sample[d->live[first + i]];
-        x->logprob += (double)logprob[i];
-        x->next = token[i];
-        x->ended = is_end(d, token[i]);
-        if (!x->ended) {
-            arrput(x->ids, token[i]);
-            if (d->token) {
-                d->token(d->context, x, token[i]);
-            }
-        }
-        x->done = x->ended || (int)arrlen(x->ids) >= d->how.max_tokens;
-    }
-}
-
-int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err) {
-    int root = -1;
-    if (n > 1) {
-        root = forest_add(f, -1, n - 1, err);
-        if (root < 0 || feed(f, b, root, ids, n - 1, NULL, err) != 0) {
-            return -1;
-        }
-    }
-    for (int i = 0; i < samples; i++) {
-        Sample s = {.row = row, .sample = i, .next = ids[n - 1], .seg = forest_add(f, root, d->how.max_tokens, err)};
-        if (s.seg < 0) {
-            return -1;
-        }
-        arrput(d->live, (int)arrlen(d->sample));
-        arrput(d->sample, s);
-    }
-    return 0;
-}
-
-int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
-    LogitSink sink = {d, draw_tokens};
-    int64_t rows = 0;
-    while (arrlen(d->live)) {
-        batch_clear(b);
-        for (int i = 0; i < (int)arrlen(d->live); i++) {
-            Sample *x = &d->sample[d->live[i]];
-            batch_add(b, f, x->seg, &x->next, 1, 1);
-        }
-        if (model_forward(f, b, &sink, NULL, err) != 0) {
-            return -1;
-        }
-        rows += arrlen(d->live);
-        int kept = 0;
-        for (int i = 0; i < (int)arrlen(d->live); i++) {
-            if (!d->sample[d->live[i]].done) {
-                d->live[kept++] = d->live[i];
-            }
-        }
-        arrsetlen(d->live, kept);
-    }
-    return rows;
-}
-
-void decoder_free(Decoder *d) {
-    for (int i = 0; i < (int)arrlen(d->sample); i++) {
-        arrfree(d->sample[i].ids);
-    }
-    arrfree(d->sample);
-    arrfree(d->live);
-}
-
 /* ------------------------------------------------------------------------------------------------ nla inspect */
 
 static void print_rope(const char *name, const Rope *r) {
@@ -635,7 +529,6 @@ static int run_tokenize(const Settings *s, Err *err) {
 
 /* Streams one sample's text: bytes are held back until they make whole characters. */
 typedef struct {
-    const Tokenizer *tok;
     char held[4];
     int n_held;
 } Stream;
@@ -644,13 +537,11 @@ static int utf8_length(unsigned char lead) {
     return lead < 0x80 ? 1 : lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : lead >= 0xc0 ? 2 : 1;
 }
 
-static void stream_token(void *context, const Sample *x, int id) {
+static void stream_bytes(void *context, const Sample *x, const char *bytes, size_t n) {
     (void)x;
     Stream *s = context;
-    size_t n = 0;
-    const char *piece = tokenizer_is_special(s->tok, id) ? NULL : tokenizer_piece(s->tok, id, &n);
-    for (size_t i = 0; piece && i < n; i++) {
-        s->held[s->n_held++] = piece[i];
+    for (size_t i = 0; i < n; i++) {
+        s->held[s->n_held++] = bytes[i];
         if (s->n_held >= utf8_length((unsigned char)s->held[0])) {
             fwrite(s->held, 1, (size_t)s->n_held, stdout);
             s->n_held = 0;
@@ -666,7 +557,7 @@ static void print_sample(const Loaded *l, const Settings *s, const Sample *x, in
         printf("{\"row\": %d, \"sample\": %d, \"text\": ", x->row, x->sample);
         json_write_string(stdout, text, len);
         printf(", \"stop\": \"%s\", \"prompt_tokens\": %d, \"logprob\": %.6f, \"ids\": ", x->ended ? "end" : "length",
-               prompt_tokens, x->logprob);
+               prompt_tokens, sample_logprob(x));
         print_ids(stdout, x->ids, (int)arrlen(x->ids));
         puts("}");
     } else {
@@ -727,13 +618,15 @@ static int generate_group(const Loaded *l, const Settings *s, int **prompt, int 
         return -1;
     }
     Batch batch = {0};
-    Stream stream = {.tok = l->tok};
+    Stream stream = {0};
     bool streaming = samples == 1 && !s->json;
     Decoder d = {.how = decoding_of(s), .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
-                 .token = streaming ? stream_token : NULL, .context = &stream};
+                 .tok = l->tok, .token = streaming ? stream_bytes : NULL, .context = &stream};
     int status = 0;
-    for (int i = from; i < to && status == 0; i++) {
-        status = decoder_add(&d, &forest, &batch, i, prompt[i], (int)arrlen(prompt[i]), s->samples, err);
+    for (int i = from; i < to && status == 0; i++) { /* a prompt's last token opens each of its samples */
+        int n = (int)arrlen(prompt[i]), root = n > 1 ? forest_add(&forest, -1, n - 1, err) : -1;
+        status = n > 1 ? (root < 0 ? -1 : feed(&forest, &batch, root, prompt[i], n - 1, NULL, err)) : 0;
+        status = status == 0 ? decoder_add(&d, &forest, root, i, prompt[i][n - 1], s->samples, err) : -1;
     }
     int64_t computed = status == 0 ? decode(&d, &forest, &batch, err) : -1;
     *tokens += computed > 0 ? computed : 0;
@@ -910,7 +803,7 @@ static int capture_document(Capture *c, const Loaded *l, const Settings *s, Fore
     }
     if (status == 0 && arrlen(c->position)) {
         n = arrlast(c->position) + 1; /* nothing after the last wanted position matters */
-        forest_clear(f);
+        forest_cut(f, 0);
         int seg = forest_add(f, -1, n, err);
         status = seg < 0 ? -1 : feed(f, b, seg, ids, n, &tap, err);
         *tokens += n;

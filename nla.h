@@ -380,7 +380,7 @@ enum {
 /* A forest of up to cache_rows tokens in all, batches of up to max_rows, running blocks 0..blocks-1. */
 int forest_open(Forest *forest, Model *model, int blocks, int cache_rows, int max_rows, Err *err);
 void forest_close(Forest *forest);
-void forest_clear(Forest *forest); /* forgets all segments, keeps the memory */
+void forest_cut(Forest *forest, int segments); /* forgets all but the first `segments`, keeps the memory */
 /* A new empty segment with room for `cap` tokens; its index, or -1 when the cache is full or the position too large. */
 int forest_add(Forest *forest, int parent, int cap, Err *err);
 /* Bytes a forest of that size takes, without making it (for --plan and inspect). */
@@ -391,9 +391,14 @@ typedef struct {
     int *token;   /* stb [N] */
     Run *run;     /* stb, parents before children */
     int *out_row; /* stb: rows whose logits are wanted, ascending */
+    struct {
+        int row;
+        const float *vector; /* [D], borrowed until the forward pass */
+    } *inject;    /* stb: rows whose embedding is replaced, after the embedding's scale */
 } Batch;
 
 void batch_clear(Batch *batch);
+void batch_inject(Batch *batch, int row, const float *vector);
 void batch_free(Batch *batch);
 /* Appends n tokens to segment `seg`; want_logits: 0 none, 1 of the last token, 2 of all. */
 void batch_add(Batch *batch, const Forest *forest, int seg, const int *token, int n, int want_logits);
@@ -455,6 +460,43 @@ int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_toke
 int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err); /* frees w either way; sets row_count in the sidecar */
 void dataset_abandon(DatasetWriter *w);                        /* removes what was written */
 
+/* ------------------------------------------------------------------------------------------------ sidecars
+ * nla_meta.yaml of an AV, an AR or a dataset (docs of the format: README). Strings point into `yaml`. */
+
+typedef struct {
+    Yaml *yaml; /* all of it, unknown keys too */
+    char *path;
+    bool dataset, av, ar;
+    int d_model;
+    int layer;                /* K: the residual stream after block K; -1 when not said */
+    bool has_injection_scale; /* false: must be given on the command line */
+    float injection_scale;    /* length of the injected vector; 0 = as it is (null) */
+    float mse_scale;          /* s of n_s(x) = s x / |x| */
+    const char *marker;       /* injection_char, NULL when not said; ids -1 when not said */
+    int marker_id, left_id, right_id;
+    int *suffix_ids;          /* stb: critic_suffix_ids */
+    const char *av_template, *ar_template; /* NULL when not said */
+} Sidecar;
+
+extern const char default_av_template[], default_ar_template[];
+
+/* path: the file, or a directory that holds nla_meta.yaml. Old and new keys (actor/critic, av/ar). */
+int sidecar_load(Sidecar *s, const char *path, Err *err);
+void sidecar_free(Sidecar *s);
+/* Compares what the sidecar says with the live tokenizer and model: width, marker, neighbours, suffix, an AR's number of
+ * blocks. A mismatch is an error that names both sides. */
+int sidecar_check(const Sidecar *s, const Tokenizer *tok, const Config *config, const char *dir, Err *err);
+/* The AV prompt as ids (stb), and where the marker stands in it (exactly one match with its neighbours). */
+int sidecar_prompt(const Sidecar *s, const Tokenizer *tok, const char *date, int **ids, int *marker_at, Err *err);
+/* Appends the ids of the AR template filled with text, special tokens added, the fixed suffix checked. */
+int sidecar_text_ids(const Sidecar *s, const Tokenizer *tok, const char *text, size_t len, int **ids, Err *err);
+/* A character that is one token by itself and stands alone in the AV prompt: U+3200-U+33FF, then other rare ranges. To be
+ * freed; NULL when the vocabulary has none. */
+char *marker_choose(const Tokenizer *tok, const char *av_template);
+/* The sidecar of a new AV or AR over `base`: our templates, with ids computed by this tokenizer. */
+int sidecar_make(Yaml **out, bool ar, const Tokenizer *tok, const Config *config, const char *base, int layer,
+                 float injection_scale, Err *err);
+
 /* ------------------------------------------------------------------------------------------------ decoding
  * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
  * computed once for all its samples, and every step is the same: each live sample appends one token and gets logits. */
@@ -466,30 +508,89 @@ typedef struct {
 } Decoding;
 
 typedef struct {
-    int row, sample; /* keys of its random numbers: which prompt, which of its samples */
+    int row, sample; /* keys of its random numbers: which prompt or vector, which of its samples */
     int seg;
-    int next;       /* the token to feed at the next step */
-    int *ids;       /* stb: drawn so far, without the end token */
-    double logprob; /* of everything drawn, the end token included */
-    bool done, ended; /* ended: at an end token, not at the length cap */
+    int next;        /* the token to feed at the next step */
+    int *ids;        /* stb: drawn so far, without the end token */
+    char *text;      /* stb: their bytes, special tokens left out, no NUL at the end */
+    float *logprob;  /* stb: of every drawn token, the end token included */
+    bool done;
+    bool ended;      /* at an end token */
+    bool stopped;    /* at the stop string; neither: at the length cap */
 } Sample;
 
 typedef struct {
     Decoding how;
-    const int *eos;   /* stb */
+    const int *eos;       /* stb */
+    const char *stop;     /* a text that ends a sample when it has been written; may be NULL */
+    const Tokenizer *tok;
     int vocab_size;
-    Sample *sample;   /* stb */
-    int *live;        /* stb: indices of those still growing, in batch order */
-    void (*token)(void *context, const Sample *s, int id); /* called after each drawn token but the end; may be NULL */
+    Sample *sample;       /* stb */
+    int *live;            /* stb: indices of those still growing, in batch order */
+    void (*token)(void *context, const Sample *s, const char *bytes, size_t n); /* after each drawn token; may be NULL */
     void *context;
 } Decoder;
 
-/* Adds a prompt's samples: its tokens but the last go through the model now, the last one opens every sample. `row` keys
- * the random numbers. */
-int decoder_add(Decoder *d, Forest *f, Batch *b, int row, const int *ids, int n, int samples, Err *err);
+/* Runs tokens of one segment through the model, as many rows at a time as the forest has working memory for. */
+int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *tap, Err *err);
+/* Adds samples that continue segment `parent` (or none) with the token `last`. `row` keys the random numbers. */
+int decoder_add(Decoder *d, Forest *f, int parent, int row, int last, int samples, Err *err);
 /* Steps until every sample is done; finished samples leave the batch at once. Returns the number of rows computed, or -1. */
 int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err);
+double sample_logprob(const Sample *x); /* of all it drew */
 void decoder_free(Decoder *d);
+
+/* ------------------------------------------------------------------------------------------------ AV and AR */
+
+typedef struct {
+    Model model;
+    Tokenizer *tok;
+    Sidecar meta;
+    int *prompt;    /* stb: the AV prompt */
+    int marker_at;  /* where the vector goes */
+    float scale;    /* length it is given; 0 = as it is */
+    Forest forest;  /* segment 0: the prompt up to the marker */
+    Batch batch;
+    int64_t computed, flat; /* prompt tokens computed, and what one prompt a sample would have been */
+} Verbalizer;
+
+/* An AV directory; `sidecar` (may be NULL) names another sidecar than its own; scale NaN takes the sidecar's. */
+int verbalizer_open(Verbalizer *v, const char *dir, const char *sidecar, double scale, Engine *engine, Err *err);
+void verbalizer_close(Verbalizer *v);
+/* Decodes `samples` texts for each of n vectors [n,D]; they stand in d->sample, vector by vector. A text stops at
+ * </explanation> or at an end token. Row i draws its random numbers as row first_row + i. A zero or non-finite vector is
+ * an error that names its row. d is the caller's to free, also after an error. */
+int verbalize(Verbalizer *v, Decoder *d, const float *vectors, int n, int64_t first_row, int samples, const Decoding *how,
+              Err *err);
+/* What stands between <explanation> and </explanation>, trimmed; false when a tag is missing or nothing is there. */
+bool explanation_of(const char *text, size_t len, const char **start, size_t *n);
+
+typedef struct {
+    Model model;
+    Tokenizer *tok;
+    Sidecar meta;
+    Safetensors head_file;
+    Linear head;    /* value_head [D,D] */
+    int *start;     /* stb: the ids that every filled template starts with */
+    int *end_row;   /* stb: each text's last row in the batch */
+    Forest forest;  /* segment 0: those ids */
+    Batch batch;
+    Act *last, *out; /* [texts, D] */
+} Reconstructor;
+
+int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, Engine *engine, Err *err);
+void reconstructor_close(Reconstructor *r);
+/* Vectors [n,D] of n texts: value_head applied to the residual stream after the last block at the template's last token. */
+int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, int n, float *out, Err *err);
+
+/* Scores. n_s(x) = s x / |x|; mse_nrm = mean (n_s(pred) - n_s(gold))^2 = 2 (1 - cos) for s = sqrt(d). */
+double cosine(const float *a, const float *b, int d); /* 0 when either is zero */
+double mse_nrm(const float *pred, const float *gold, int d, double mse_scale);
+
+/* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
+ * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */
+int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err);
+int ar_start(const char *dir, const Model *base, int layer, const Yaml *sidecar, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What nla.c, bench.c share: the settings a command line gives, and what most commands load. */

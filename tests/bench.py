@@ -122,6 +122,7 @@ class Bench:
         rate = f"{work / our_median:.0f} : {work / their_median:.0f} {unit}" if work else ""
         self.results.append(Result(what, against, str(goal), our_median, their_median, ratio, min(ratios), max(ratios),
                                    rate, goal.met(ratio, our_median)))  # fmt: skip
+        progress(f"{what}: {ratio:.2f} of {against}")  # long runs get interrupted; this much then stays
 
 
 def progress(text):
@@ -178,8 +179,8 @@ def bench_linear(bench):
         progress(f"linear {shape}")
         flop = 2e-9 * rows * width_in * width_out
         repeat = bench.repeats(flop / 150)
-        x = random.uniform(-1, 1, (rows, width_in)).astype(numpy.float32)
-        w = random.uniform(-1, 1, (width_out, width_in)).astype(numpy.float32)
+        x = 2 * random.random((rows, width_in), numpy.float32) - 1
+        w = 2 * random.random((width_out, width_in), numpy.float32) - 1
         y = numpy.empty((rows, width_out), numpy.float32)
         tx, tw, ty = torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(y)
         ours = ("linear", "--shape", shape, "--repeat", repeat)

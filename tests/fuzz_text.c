@@ -1,6 +1,7 @@
-/* fuzz_text.c - libFuzzer: any text through the cut-down tokenizers of the four families. What must hold of decode(encode):
- * it is the text itself (byte-level families without normaliser; with U+FFFD for what is not UTF-8), and encoding it again
- * gives the same text. Runs in the repository's root. */
+/* fuzz_text.c - libFuzzer: any text through the cut-down tokenizers of the four families. What must hold of
+ * decode(encode(text)): encoding it again gives the same text; and for Llama 3, which has all bytes and no normaliser, it
+ * is the text itself unless U+FFFD stands in it. Runs in the repository's root. */
+#define _GNU_SOURCE /* memmem */
 #include "../nla.h"
 
 #include <stdlib.h>
@@ -43,7 +44,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         char *twice = there_and_back(tok[i], once, once_len, &twice_len);
         bool lossless = i < 4; /* the odd ones take spaces, drop commas and lack most characters */
         if (lossless && (once_len != twice_len || (once_len && memcmp(once, twice, once_len)))) abort();
-        if (i < 2 && once_len == size && size && memcmp(once, data, size)) abort();
+        bool exact = !strcmp(name[i], "llama3") && (once_len == 0 || !memmem(once, once_len, "\xEF\xBF\xBD", 3));
+        if (exact && (once_len != size || (size && memcmp(once, data, size)))) abort();
         free(once);
         free(twice);
     }

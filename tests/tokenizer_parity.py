@@ -424,8 +424,8 @@ def print_ranges(points, value):
 
 
 def print_unicode(program):
-    """`newer`: what PCRE2 does not know, U+180E, and U+1171E, which Unicode 15 moved. `inert`: marks that do not change
-    places with marks of the lowest and the highest combining class, though Python's newer NFC lets them."""
+    """`newer`: what PCRE2 does not know, U+180E, and U+1171E, which Unicode 15 moved. `inert`: marks that utf8proc lets
+    change places with marks of the lowest or the highest class, or joins to what stands before them, and HF does not."""
     unassigned = subprocess.run([program, "unassigned"], stdout=subprocess.PIPE, check=True).stdout
     newer = (set(map(int, unassigned.split())) - members(r"\p{Cn}") - set(range(0xD800, 0xE000))) | {0x180E, 0x1171E}
     names = ["LU", "LL", "LT", "LM", "LO", "MN", "MC", "ME", "ND", "NL", "NO", "PC", "PD", "PS", "PE", "PI", "PF", "PO"]
@@ -433,16 +433,17 @@ def print_unicode(program):
     category = {c: name for name in names for c in members(r"\p{%s}" % name.capitalize()) & newer}
     print("newer:")
     print_ranges(newer, category.get)
-    nfc = normalizers.NFC()
-    inert = set()
+    tests = {}  # text -> the code point that it tries
     for c in CODE_POINTS:
-        tests = f"q{chr(c)}\u0334", f"q\u0345{chr(c)}"
-        if any(nfc.normalize_str(t) != unicodedata.normalize("NFC", t) for t in tests):
-            inert.add(c)
         pair = unicodedata.normalize("NFD", chr(c))
-        if len(pair) == 2 and nfc.normalize_str(pair) != unicodedata.normalize("NFC", pair):
-            inert.add(ord(pair[1]))
-    print("inert (by Unicode %s):" % unicodedata.unidata_version)
+        tests |= {f"q{chr(c)}\u0334": c, f"q\u0345{chr(c)}": c}
+        tests |= {pair: ord(pair[1])} if len(pair) == 2 else {}
+    packed = b"".join(struct.pack("=I", len(t.encode())) + t.encode() for t in tests)
+    run = subprocess.run([program, "nfc"], input=packed, stdout=subprocess.PIPE, check=True)
+    nfc = normalizers.NFC()
+    pairs = zip(tests.items(), records(run.stdout, 1), strict=True)
+    inert = {c for (text, c), theirs in pairs if nfc.normalize_str(text) != theirs.decode()}
+    print("inert:")
     print_ranges(inert, lambda c: 0)
 
 

@@ -1,0 +1,323 @@
+/* export.c - model directories out: the start of an AV (a sidecar beside links to the base's files) and of an AR (blocks 0..K of
+ * the base and an identity head), as Hugging Face directories. A directory appears under its name only when it is complete.
+ */
+#define _GNU_SOURCE /* asprintf's family through nla.h's xprintf, realpath */
+#include "nla.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <stb/stb_ds.h>
+
+/* ------------------------------------------------------------------------------------------------ directories */
+
+/* Everything is made in DIR.tmp-PID, which then takes its name. */
+typedef struct {
+    char *final, *temp;
+} Staging;
+
+static int stage(Staging *s, const char *dir, Err *err) {
+    size_t n = strlen(dir);
+    while (n > 1 && dir[n - 1] == '/') {
+        n--;
+    }
+    s->final = xstrndup(dir, n);
+    s->temp = xprintf("%s.tmp-%ld", s->final, (long)getpid());
+    if (access(s->final, F_OK) == 0) {
+        return fail(err, "%s: exists already; remove it or name another directory", s->final);
+    }
+    return mkdir(s->temp, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", s->temp, strerror(errno));
+}
+
+static void remove_staged(const Staging *s) {
+    DIR *d = opendir(s->temp);
+    for (struct dirent *entry; d && (entry = readdir(d));) {
+        char *path = xprintf("%s/%s", s->temp, entry->d_name);
+        unlink(path);
+        free(path);
+    }
+    if (d) {
+        closedir(d);
+    }
+    rmdir(s->temp);
+}
+
+static int unstage(Staging *s, int status, Err *err) {
+    if (status == 0 && rename(s->temp, s->final) != 0) {
+        status = fail(err, "%s: cannot rename %s to it: %s", s->final, s->temp, strerror(errno));
+    }
+    if (status != 0) {
+        remove_staged(s);
+    }
+    free(s->temp);
+    free(s->final);
+    return status;
+}
+
+static bool ends_with(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n >= m && strcmp(name + n - m, end) == 0;
+}
+
+/* The files of a model directory that its own directory does not make: all but sidecars and hidden ones. */
+static bool is_model_file(const char *name, bool weights) {
+    bool weight = ends_with(name, ".safetensors") || ends_with(name, ".safetensors.index.json");
+    bool known = ends_with(name, ".json") || ends_with(name, ".jinja") || ends_with(name, ".model") || ends_with(name, ".txt") || weight;
+    return name[0] != '.' && known && (weights || (!weight && strcmp(name, "config.json") != 0));
+}
+
+/* Links (weights too) or copies (without weights and config.json) the base's files. */
+static int take_files(const Staging *s, const char *base, bool link, Err *err) {
+    char *real = realpath(base, NULL);
+    DIR *d = real ? opendir(real) : NULL;
+    int status = d ? 0 : fail(err, "%s: %s", base, strerror(errno));
+    for (struct dirent *entry; status == 0 && (entry = readdir(d));) {
+        if (!is_model_file(entry->d_name, link)) {
+            continue;
+        }
+        char *from = xprintf("%s/%s", real, entry->d_name), *to = xprintf("%s/%s", s->temp, entry->d_name);
+        File file;
+        if (link) {
+            status = symlink(from, to) == 0 ? 0 : fail(err, "%s: cannot link to %s: %s", to, from, strerror(errno));
+        } else if ((status = file_map(&file, from, err)) == 0) {
+            status = file_write(to, file.data, file.len, err);
+            file_unmap(&file);
+        }
+        free(from);
+        free(to);
+    }
+    if (d) {
+        closedir(d);
+    }
+    free(real);
+    return status;
+}
+
+static int save_sidecar(const Staging *s, const Yaml *sidecar, Err *err) {
+    char *path = xprintf("%s/nla_meta.yaml", s->temp);
+    int status = yaml_save(sidecar, path, err);
+    free(path);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ config.json, cut to K+1 layers */
+
+static void write_value(FILE *out, const Json *json, int node, int layers);
+
+/* Members of an object; num_hidden_layers and per-layer lists are cut. */
+static void write_object(FILE *out, const Json *json, int node, int layers) {
+    const char *comma = "";
+    fputc('{', out);
+    for (int k = json_first(json, node); k >= 0; k = json_next(json, k)) {
+        size_t len;
+        char *key = json_string(json, k, &len);
+        fputs(comma, out);
+        comma = ", ";
+        json_write_string(out, key, len);
+        fputs(": ", out);
+        if (strcmp(key, "num_hidden_layers") == 0) {
+            fprintf(out, "%d", layers);
+        } else {
+            write_value(out, json, k + 1, strcmp(key, "layer_types") == 0 ? -layers : layers);
+        }
+        free(key);
+    }
+    fputc('}', out);
+}
+
+/* layers < 0: the value is a list with one item a layer, of which -layers are kept. */
+static void write_value(FILE *out, const Json *json, int node, int layers) {
+    size_t len;
+    int64_t whole;
+    double number = 0;
+    bool flag = false;
+    switch (json_type(json, node)) {
+    case JSON_OBJECT: write_object(out, json, node, layers); break;
+    case JSON_ARRAY: {
+        int i = 0;
+        fputc('[', out);
+        for (int v = json_first(json, node); v >= 0 && (layers > 0 || i < -layers); v = json_next(json, v), i++) {
+            fputs(i ? ", " : "", out);
+            write_value(out, json, v, layers > 0 ? layers : 1);
+        }
+        fputc(']', out);
+        break;
+    }
+    case JSON_STRING: {
+        char *text = json_string(json, node, &len);
+        json_write_string(out, text, len);
+        free(text);
+        break;
+    }
+    case JSON_NUMBER:
+        json_double(json, node, &number);
+        if (json_int(json, node, &whole)) {
+            fprintf(out, "%lld", (long long)whole);
+        } else {
+            fprintf(out, "%.17g", number);
+        }
+        break;
+    case JSON_BOOL:
+        json_bool(json, node, &flag);
+        fputs(flag ? "true" : "false", out);
+        break;
+    default: fputs("null", out);
+    }
+}
+
+/* The base's config.json for `layers` layers; of a wrapper the text model's part alone. When the file leaves
+ * num_hidden_layers to the class default, it is added. */
+static int write_config(const Staging *s, const Model *m, int layers, Err *err) {
+    char *from = xprintf("%s/config.json", m->dir), *to = xprintf("%s/config.json", s->temp), *text = NULL;
+    size_t len;
+    File file;
+    Json json;
+    int status = file_map(&file, from, err);
+    if (status == 0 && (status = json_parse(&json, file.data, file.len, from, err)) == 0) {
+        int inside = json_get(&json, 0, "text_config"), node = json_type(&json, inside) == JSON_OBJECT ? inside : 0;
+        FILE *out = open_memstream(&text, &len);
+        write_object(out, &json, node, layers);
+        bool whole = json_get(&json, node, "num_hidden_layers") >= 0, typed = json_get(&json, node, "model_type") >= 0;
+        fseeko(out, -1, SEEK_CUR); /* over the closing brace */
+        if (!whole) {
+            fprintf(out, ", \"num_hidden_layers\": %d", layers);
+        }
+        if (!typed) {
+            fprintf(out, ", \"model_type\": \"%s\"", m->config.model_type);
+        }
+        fputs("}\n", out);
+        fclose(out);
+        status = file_write(to, text, len, err);
+        free(text);
+        json_free(&json);
+    }
+    if (file.path) {
+        file_unmap(&file);
+    }
+    free(from);
+    free(to);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ starts */
+
+int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err) {
+    Staging s;
+    int status = stage(&s, dir, err);
+    if (status != 0) {
+        free(s.temp);
+        free(s.final);
+        return -1;
+    }
+    status = take_files(&s, base, true, err);
+    if (status == 0) {
+        status = save_sidecar(&s, sidecar, err);
+    }
+    return unstage(&s, status, err);
+}
+
+static void put(Tensor **list, const Tensor *t, const char *name) {
+    Tensor named = *t;
+    named.name = name;
+    arrput(*list, named);
+}
+
+static void put_linear(Tensor **list, const Linear *w, const char *prefix, const char *const *names, char ***owned) {
+    for (int i = 0; i < w->n; i++) {
+        char *weight = xprintf("%s.%s.weight", prefix, names[i]), *bias = xprintf("%s.%s.bias", prefix, names[i]);
+        arrput(*owned, weight);
+        arrput(*owned, bias);
+        put(list, &w->w[i], weight);
+        if (w->b[i].data) {
+            put(list, &w->b[i], bias);
+        }
+    }
+}
+
+/* Blocks 0..layers-1 and the embedding under plain names. */
+static int write_blocks(const Staging *s, const Model *m, int layers, Err *err) {
+    static const char *const qkv[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, *const o[] = {"self_attn.o_proj"},
+                             *const gate_up[] = {"mlp.gate_proj", "mlp.up_proj"}, *const down[] = {"mlp.down_proj"};
+    const Config *c = &m->config;
+    Tensor *list = NULL;
+    char **owned = NULL;
+    put(&list, &m->embed, "model.embed_tokens.weight");
+    for (int i = 0; i < layers; i++) {
+        const Block *b = &m->block[i];
+        char *prefix = xprintf("model.layers.%d", i);
+        const struct {
+            const Tensor *t;
+            const char *name;
+        } norms[] = {
+            {&b->attn_in_norm, "input_layernorm"},
+            {&b->attn_out_norm, "post_attention_layernorm"},
+            {&b->mlp_in_norm, c->post_norms ? "pre_feedforward_layernorm" : "post_attention_layernorm"},
+            {&b->mlp_out_norm, "post_feedforward_layernorm"},
+            {&b->q_norm, "self_attn.q_norm"},
+            {&b->k_norm, "self_attn.k_norm"},
+        };
+        for (size_t j = 0; j < sizeof norms / sizeof *norms; j++) {
+            if (norms[j].t->data) {
+                char *name = xprintf("%s.%s.weight", prefix, norms[j].name);
+                arrput(owned, name);
+                put(&list, norms[j].t, name);
+            }
+        }
+        put_linear(&list, &b->qkv, prefix, qkv, &owned);
+        put_linear(&list, &b->o, prefix, o, &owned);
+        put_linear(&list, &b->gate_up, prefix, gate_up, &owned);
+        put_linear(&list, &b->down, prefix, down, &owned);
+        free(prefix);
+    }
+    char *path = xprintf("%s/model.safetensors", s->temp);
+    int status = safetensors_save(path, list, (int)arrlen(list), err);
+    free(path);
+    for (int i = 0; i < (int)arrlen(owned); i++) {
+        free(owned[i]);
+    }
+    arrfree(owned);
+    arrfree(list);
+    return status;
+}
+
+/* The identity: the AR starts by saying what the backbone's own stream says. Random weights would start near-orthogonal. */
+static int write_identity_head(const Staging *s, int D, Err *err) {
+    float *w = xcalloc((size_t)D * (size_t)D, sizeof(float));
+    for (int i = 0; i < D; i++) {
+        w[(size_t)i * (size_t)D + (size_t)i] = 1;
+    }
+    Tensor t = {.name = "weight", .dtype = DT_F32, .n_dims = 2, .shape = {D, D}, .data = w, .bytes = (size_t)D * (size_t)D * sizeof(float)};
+    char *path = xprintf("%s/value_head.safetensors", s->temp);
+    int status = safetensors_save(path, &t, 1, err);
+    free(path);
+    free(w);
+    return status;
+}
+
+int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Err *err) {
+    Staging s;
+    int status = stage(&s, dir, err);
+    if (status != 0) {
+        free(s.temp);
+        free(s.final);
+        return -1;
+    }
+    status = take_files(&s, m->dir, false, err);
+    if (status == 0) {
+        status = write_config(&s, m, layer + 1, err);
+    }
+    if (status == 0) {
+        status = write_blocks(&s, m, layer + 1, err);
+    }
+    if (status == 0) {
+        status = write_identity_head(&s, m->config.hidden_size, err);
+    }
+    if (status == 0) {
+        status = save_sidecar(&s, sidecar, err);
+    }
+    return unstage(&s, status, err);
+}
