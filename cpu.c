@@ -249,8 +249,26 @@ INLINE Vec dot_bf16(Vec sum, const void *x, const void *w) {
 }
 #endif
 
-/* out[i][0..4) = or += the dot products of mr rows of x and 4 rows of w, k elements each (bf16: pairs in one float). */
-INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, int k, Vec4 *out) {
+/* Where a tile's sums go: added to `base` (a bias, or what earlier columns of k gave) and stored in `columns` outputs. */
+typedef struct {
+    float *out;
+    size_t ldo;
+    const float *bias; /* [4]; NULL: add to what is in out */
+    int columns;
+} Place;
+
+INLINE void put_sums(Vec4 sum, float *out, const Place *place) {
+    if (place->columns == 4) {
+        *(Vec4Anywhere *)out = *(const Vec4Anywhere *)(place->bias ? place->bias : out) + sum;
+        return;
+    }
+    for (int c = 0; c < place->columns; c++) {
+        out[c] = (place->bias ? place->bias[c] : out[c]) + sum[c];
+    }
+}
+
+/* The dot products of a packed tile of mr rows of x and 4 rows of w (ldw apart), k elements each (bf16: pairs in one float). */
+INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, size_t ldw, int k, const Place *place) {
     Vec sum[TILE_ROWS][4];
     for (int i = 0; i < mr; i++) {
         for (int j = 0; j < 4; j++) {
@@ -258,12 +276,12 @@ INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, int k, V
         }
     }
     for (int p = 0; p < k; p += LANES) {
-        const float *wp = w + p, *xp = x + p;
+        const float *wp = w + p, *xp = x + p * mr;
 #ifdef __AVX512BF16__
         if (bf16) {
             for (int i = 0; i < mr; i++) {
-                for (int j = 0; j < 4; j++) {
-                    sum[i][j] = dot_bf16(sum[i][j], xp + i * k, wp + j * k);
+                for (size_t j = 0; j < 4; j++) {
+                    sum[i][j] = dot_bf16(sum[i][j], xp + i * LANES, wp + j * ldw);
                 }
             }
             continue;
@@ -271,9 +289,9 @@ INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, int k, V
 #else
         (void)bf16;
 #endif
-        Vec w0 = load(wp), w1 = load(wp + k), w2 = load(wp + 2 * k), w3 = load(wp + 3 * k);
+        Vec w0 = load(wp), w1 = load(wp + ldw), w2 = load(wp + 2 * ldw), w3 = load(wp + 3 * ldw);
         for (int i = 0; i < mr; i++) {
-            Vec xi = load(xp + i * k);
+            Vec xi = load(xp + i * LANES);
             sum[i][0] += xi * w0;
             sum[i][1] += xi * w1;
             sum[i][2] += xi * w2;
@@ -281,17 +299,17 @@ INLINE void dot_tile(int mr, bool bf16, const float *x, const float *w, int k, V
         }
     }
     for (int i = 0; i < mr; i++) {
-        out[i] = sums4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+        put_sums(sums4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), place->out + (size_t)i * place->ldo, place);
     }
 }
 
-static void dot_rows(int mr, bool bf16, const float *x, const float *w, int k, Vec4 *out) {
+static void dot_rows(int mr, bool bf16, const float *x, const float *w, size_t ldw, int k, const Place *place) {
 #define TILE(n)                                                                                                        \
     case n:                                                                                                            \
         if (bf16) {                                                                                                    \
-            dot_tile(n, true, x, w, k, out);                                                                           \
+            dot_tile(n, true, x, w, ldw, k, place);                                                                    \
         } else {                                                                                                       \
-            dot_tile(n, false, x, w, k, out);                                                                          \
+            dot_tile(n, false, x, w, ldw, k, place);                                                                   \
         }                                                                                                              \
         break;
     switch (mr) {
@@ -319,21 +337,30 @@ static void narrow(uint16_t *out, const float *in, size_t n) {
 }
 #endif
 
-/* Rows of x, columns [k0, k0+kc), into rows of `width` floats; beyond kc they are zero. */
+/* Columns [k0, k0+kc) of `rows` rows of x, tile by tile: the rows of a tile take turns, a register's worth each, so that the
+ * product reads one stream. Beyond kc the last register is zero. */
 static void pack_x(float *packed, const float *x, int rows, int K, int k0, int kc, int width, bool bf16) {
+    int step = bf16 ? 2 * LANES : LANES; /* numbers in a register */
     for (int i = 0; i < rows; i++) {
         const float *in = x + (size_t)i * (size_t)K + k0;
-        float *row = packed + (size_t)i * (size_t)width;
-        memset(row + width - 16, 0, 16 * sizeof(float));
+        int tile = i / TILE_ROWS * TILE_ROWS, mr = rows - tile < TILE_ROWS ? rows - tile : TILE_ROWS;
+        float *out = packed + (size_t)tile * (size_t)width + (size_t)(i - tile) * LANES;
+        for (int p = 0; p < kc; p += step, out += (size_t)mr * LANES) {
+            size_t n = (size_t)(kc - p < step ? kc - p : step);
 #ifdef __AVX512BF16__
-        if (bf16) {
-            narrow((uint16_t *)(void *)row, in, (size_t)kc);
-            continue;
-        }
-#else
-        (void)bf16;
+            if (bf16) {
+                memset(out, 0, LANES * sizeof(float));
+                narrow((uint16_t *)(void *)out, in + p, n);
+                continue;
+            }
 #endif
-        memcpy(row, in, (size_t)kc * sizeof(float));
+            if (n == LANES) {
+                store(out, load(in + p));
+            } else {
+                memset(out, 0, LANES * sizeof(float));
+                memcpy(out, in + p, n * sizeof(float));
+            }
+        }
     }
 }
 
@@ -389,29 +416,28 @@ static void product_block(const Product *p, Scratch *s, int row, int rows, int f
         int kc = p->K - k0 < step ? p->K - k0 : step;
         int width = (int)round_up(p->bf16 ? (size_t)(kc + 1) / 2 : (size_t)kc, 16);
         pack_x(s->packed_x, p->x + (size_t)row * (size_t)p->K, rows, p->K, k0, kc, width, p->bf16);
+        /* Four whole rows that are stored as the product reads them need no packing. */
+        bool ready = p->w->dtype == (p->bf16 ? DT_BF16 : DT_F32) && (p->bf16 ? kc == 2 * width : kc == width);
         for (int o = from; o < to; o += 4) {
-            pack_strip(s->strip, p->w, p->O, o, p->K, k0, kc, width, p->bf16);
+            const float *strip = s->strip;
+            size_t ldw = (size_t)width;
+            if (ready && o + 4 <= p->O) {
+                size_t bytes = dtype_size(p->w->dtype), offset = (size_t)o * (size_t)p->K + (size_t)k0;
+                strip = (const float *)(const void *)((const char *)p->w->data + offset * bytes);
+                ldw = (size_t)p->K * bytes / sizeof(float);
+            } else {
+                pack_strip(s->strip, p->w, p->O, o, p->K, k0, kc, width, p->bf16);
+            }
             prefetch_strip(p->w, to, o + 4, p->K, k0, kc);
-            int columns = to - o < 4 ? to - o : 4;
             float bias[4] = {0};
+            Place place = {.ldo = p->ldo, .bias = k0 == 0 ? bias : NULL, .columns = to - o < 4 ? to - o : 4};
             if (p->b->data && k0 == 0) {
-                widen(bias, p->b, (size_t)o, (size_t)columns);
+                widen(bias, p->b, (size_t)o, (size_t)place.columns);
             }
             for (int i = 0; i < rows; i += TILE_ROWS) {
-                int mr = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-                Vec4 sum[TILE_ROWS];
-                dot_rows(mr, p->bf16, s->packed_x + (size_t)i * (size_t)width, s->strip, width, sum);
-                for (int r = 0; r < mr; r++) {
-                    float *out = p->out + (size_t)(row + i + r) * p->ldo + o;
-                    if (columns == 4) {
-                        Vec4 base = k0 == 0 ? *(Vec4Anywhere *)bias : *(Vec4Anywhere *)out;
-                        *(Vec4Anywhere *)out = base + sum[r];
-                    } else {
-                        for (int c = 0; c < columns; c++) {
-                            out[c] = (k0 == 0 ? bias[c] : out[c]) + sum[r][c];
-                        }
-                    }
-                }
+                place.out = p->out + (size_t)(row + i) * p->ldo + o;
+                dot_rows(rows - i < TILE_ROWS ? rows - i : TILE_ROWS, p->bf16, s->packed_x + (size_t)i * (size_t)width, strip, ldw,
+                         width, &place);
             }
         }
     }

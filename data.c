@@ -498,3 +498,72 @@ void dataset_abandon(DatasetWriter *w) {
     if (w->temp) rmdir(w->temp);
     writer_free(w);
 }
+
+/* ------------------------------------------------------------------------------------------------ dataset reader */
+
+static int index_rows(Dataset *d, const char *path, Err *err) {
+    size_t at = 0;
+    while (at < d->rows.len) {
+        const char *end = memchr(d->rows.data + at, '\n', d->rows.len - at);
+        arrput(d->line, at);
+        at = end ? (size_t)(end - d->rows.data) + 1 : d->rows.len;
+    }
+    arrput(d->line, d->rows.len);
+    if (arrlen(d->line) - 1 == d->n) return 0;
+    return fail(err, "%s: holds %td rows, the activations %lld", path, arrlen(d->line) - 1, (long long)d->n);
+}
+
+static int find_vectors(Dataset *d, const char *path, Err *err) {
+    const Tensor *v = safetensors_find(&d->st, "activation_vector");
+    if (!v || v->n_dims != 2 || (v->dtype != DT_F32 && v->dtype != DT_BF16))
+        return fail(err, "%s: must hold activation_vector [rows, width] as F32 or BF16", path);
+    if (v->shape[1] < 1 || v->shape[1] > 1 << 16)
+        return fail(err, "%s: activation_vector has width %lld", path, (long long)v->shape[1]);
+    d->vectors = v;
+    d->n = v->shape[0];
+    d->d_model = (int)v->shape[1];
+    return 0;
+}
+
+int dataset_open(Dataset *d, const char *path, Err *err) {
+    struct stat info;
+    *d = (Dataset){0};
+    if (stat(path, &info)) return fail(err, "%s: %s", path, strerror(errno));
+    bool directory = S_ISDIR(info.st_mode);
+    d->path = xstrdup(path);
+    char *vectors = directory ? xprintf("%s/%s", path, VECTORS) : xstrdup(path), *rows = xprintf("%s/%s", path, ROWS);
+    int status = safetensors_open(&d->st, vectors, err);
+    if (!status) status = find_vectors(d, vectors, err);
+    if (!status && directory) status = file_map(&d->rows, rows, err);
+    if (!status && directory) status = index_rows(d, rows, err);
+    if (!status && directory) {
+        status = sidecar_load(&d->meta, path, err);
+        d->has_meta = !status;
+    }
+    free(vectors);
+    free(rows);
+    if (status) dataset_close(d);
+    return status;
+}
+
+void dataset_close(Dataset *d) {
+    safetensors_close(&d->st);
+    if (d->rows.path) file_unmap(&d->rows);
+    if (d->has_meta) sidecar_free(&d->meta);
+    arrfree(d->line);
+    free(d->path);
+    *d = (Dataset){0};
+}
+
+void dataset_vector(const Dataset *d, int64_t row, float *out) {
+    size_t width = (size_t)d->d_model, at = (size_t)row * width;
+    if (d->vectors->dtype == DT_F32)
+        memcpy(out, (const float *)d->vectors->data + at, width * sizeof *out);
+    else
+        for (size_t i = 0; i < width; i++) out[i] = bf16_to_f32(((const uint16_t *)d->vectors->data)[at + i]);
+}
+
+int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err) {
+    if (!d->line) return fail(err, "%s: has no rows.jsonl, only vectors", d->path);
+    return json_parse(json, d->rows.data + d->line[row], d->line[row + 1] - d->line[row], d->path, err);
+}

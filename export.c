@@ -67,7 +67,7 @@ static bool ends_with(const char *name, const char *end) {
 static bool is_model_file(const char *name, bool weights) {
     bool weight = ends_with(name, ".safetensors") || ends_with(name, ".safetensors.index.json");
     bool known = ends_with(name, ".json") || ends_with(name, ".jinja") || ends_with(name, ".model") || ends_with(name, ".txt") || weight;
-    return name[0] != '.' && known && (weights || (!weight && strcmp(name, "config.json") != 0));
+    return name[0] != '.' && known && strcmp(name, "get_model.json") != 0 && (weights || (!weight && strcmp(name, "config.json") != 0));
 }
 
 /* Links (weights too) or copies (without weights and config.json) the base's files. */

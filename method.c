@@ -136,7 +136,7 @@ void decoder_free(Decoder *d) {
 
 /* ------------------------------------------------------------------------------------------------ AV: vector to text */
 
-static double norm(const float *v, int d) {
+double vector_norm(const float *v, int d) {
     double squares = 0;
     for (int i = 0; i < d; i++) {
         squares += (double)v[i] * (double)v[i];
@@ -145,7 +145,7 @@ static double norm(const float *v, int d) {
 }
 
 static int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, Err *err) {
-    double length = norm(v, d);
+    double length = vector_norm(v, d);
     if (!isfinite(length) || length == 0) {
         return fail(err, "activation of row %lld is %s; it cannot be injected", (long long)row, length == 0 ? "zero" : "not finite");
     }
@@ -425,7 +425,7 @@ int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, in
 /* ------------------------------------------------------------------------------------------------ scores */
 
 double cosine(const float *a, const float *b, int d) {
-    double dot = 0, length = norm(a, d) * norm(b, d);
+    double dot = 0, length = vector_norm(a, d) * vector_norm(b, d);
     for (int i = 0; i < d; i++) {
         dot += (double)a[i] * (double)b[i];
     }
@@ -434,4 +434,27 @@ double cosine(const float *a, const float *b, int d) {
 
 double mse_nrm(const float *pred, const float *gold, int d, double mse_scale) {
     return 2 * (1 - cosine(pred, gold, d)) * mse_scale * mse_scale / d;
+}
+
+void baseline_add(Baseline *b, const float *v, int d) {
+    double length = vector_norm(v, d);
+    b->sum = b->sum ? b->sum : xcalloc((size_t)d, sizeof(double));
+    for (int i = 0; i < d && length > 0; i++) {
+        b->sum[i] += (double)v[i] / length;
+    }
+    b->n++;
+}
+
+/* All n_s(v) have length s, so the mean squared distance from their mean is s^2 - |mean|^2. */
+double baseline_var(const Baseline *b, int d) {
+    double squares = 0;
+    for (int i = 0; i < d && b->n; i++) {
+        squares += b->sum[i] / (double)b->n * (b->sum[i] / (double)b->n);
+    }
+    return 1 - squares;
+}
+
+void baseline_free(Baseline *b) {
+    free(b->sum);
+    *b = (Baseline){0};
 }

@@ -497,6 +497,23 @@ char *marker_choose(const Tokenizer *tok, const char *av_template);
 int sidecar_make(Yaml **out, bool ar, const Tokenizer *tok, const Config *config, const char *base, int layer,
                  float injection_scale, Err *err);
 
+/* A dataset directory, or a .safetensors file of vectors alone; mapped, so half a million rows cost nothing until read. */
+typedef struct {
+    char *path;
+    Safetensors st;
+    const Tensor *vectors; /* activation_vector [n, d_model], F32 or BF16 */
+    int64_t n;
+    int d_model;
+    File rows;    /* rows.jsonl */
+    size_t *line; /* stb [n + 1]: where each row starts; NULL: there are no rows */
+    bool has_meta;
+    Sidecar meta;
+} Dataset;
+int dataset_open(Dataset *d, const char *path, Err *err);
+void dataset_close(Dataset *d);
+void dataset_vector(const Dataset *d, int64_t row, float *out);            /* fp32 [d_model] */
+int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err); /* the row's JSON object; json_free is the caller's */
+
 /* ------------------------------------------------------------------------------------------------ decoding
  * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
  * computed once for all its samples, and every step is the same: each live sample appends one token and gets logits. */
@@ -586,11 +603,27 @@ int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, in
 /* Scores. n_s(x) = s x / |x|; mse_nrm = mean (n_s(pred) - n_s(gold))^2 = 2 (1 - cos) for s = sqrt(d). */
 double cosine(const float *a, const float *b, int d); /* 0 when either is zero */
 double mse_nrm(const float *pred, const float *gold, int d, double mse_scale);
+double vector_norm(const float *v, int d);
+
+/* The golds that FVE's denominators are computed on, one at a time. Zero it before use. */
+typedef struct {
+    double *sum; /* [d]: of v / |v| */
+    int64_t n;
+} Baseline;
+void baseline_add(Baseline *b, const float *v, int d);
+double baseline_var(const Baseline *b, int d); /* var_nrm for s = sqrt(d): mean |n_s(v) - mean n_s|^2 / d */
+void baseline_free(Baseline *b);
 
 /* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */
 int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err);
 int ar_start(const char *dir, const Model *base, int layer, const Yaml *sidecar, Err *err);
+
+/* ------------------------------------------------------------------------------------------------ pages to look at */
+
+/* Writes one self-contained HTML page that shows the result of `nla explain` (its JSON). Atomic; no network; nothing in
+ * the JSON can break out of the page. Fails on text that is not JSON or a path that cannot be written. */
+int report_explain(const char *path, const char *json, size_t len, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What nla.c, bench.c share: the settings a command line gives, and what most commands load. */
@@ -599,11 +632,12 @@ typedef struct {
     const char *command;
     const char **argument; /* stb: what is not an option */
     /* one field an option */
-    const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape;
-    int threads, samples, max_tokens, top_k, max_length, batch, repeat;
+    const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
+        *sidecar, *html;
+    int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply;
     int64_t seed;
-    double temperature, top_p;
-    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors;
+    double temperature, top_p, injection_scale;
+    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
 } Settings;
 
 /* What most commands work with. */
@@ -626,7 +660,11 @@ double now(void);                                                               
 /* TEXT of the command line, standard input for "-", or --ids, as token ids (stb). */
 int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);
 
+/* Layers "3", "3,7,20" or "all" (stb); NULL means two thirds of the way up. */
+int parse_layers(const char *text, const Config *c, int **layers, Err *err);
+
 int run_dump(const Settings *s, Err *err);
+int run_explain(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */

@@ -322,19 +322,32 @@ static char *utf8_of(int c) {
 }
 
 char *marker_choose(const Tokenizer *tok, const char *av_template) {
-    static const struct {
-        int from, to;
-    } ranges[] = {{0x3200, 0x33ff}, {0x2460, 0x27bf}, {0x4e00, 0x9fff}, {0x3400, 0x4dbf}, {0xac00, 0xd7a3}, {0x100, 0x17ff}};
-    for (size_t r = 0; r < sizeof ranges / sizeof *ranges; r++) {
-        for (int c = ranges[r].from; c <= ranges[r].to; c++) {
-            char *text = utf8_of(c);
-            if (is_marker(tok, av_template, text)) {
-                return text;
-            }
+    for (int c = 0x3200; c <= 0x33ff; c++) {
+        char *text = utf8_of(c);
+        if (is_marker(tok, av_template, text)) {
+            return text;
+        }
+        free(text);
+    }
+    /* Else the rarest single-token character outside Latin, Greek and Cyrillic: merges are learned by frequency, so the
+     * highest id. */
+    char *best = NULL;
+    int best_id = -1;
+    for (int c = 0x530; c <= 0xffef; c = c == 0xd7ff ? 0xe000 : c + 1) {
+        char *text = utf8_of(c);
+        int *ids = NULL;
+        Err ignored = {0};
+        bool rarer = tokenizer_encode(tok, text, strlen(text), false, &ids, &ignored) == 0 && arrlen(ids) == 1 && ids[0] > best_id;
+        if (rarer && is_marker(tok, av_template, text)) {
+            free(best);
+            best = text;
+            best_id = ids[0];
+        } else {
             free(text);
         }
+        arrfree(ids);
     }
-    return NULL;
+    return best;
 }
 
 static void set_number(Yaml *y, const char *key, double value) {

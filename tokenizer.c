@@ -50,7 +50,7 @@ typedef struct {
     bool before_mark; /* some merge joins this character to a "▁" after it */
 } Token;
 
-/* Open addressing over a power of two of slots, at most half full. */
+/* Open addressing over a power of two of slots, at most two thirds full. */
 typedef struct {
     uint32_t hash;
     int id; /* -1: empty */
@@ -374,7 +374,8 @@ static const Token *token_of(const Tokenizer *tok, int id) {
     return id >= 0 && id < tok->n_ids && tok->token[id].text ? &tok->token[id] : NULL;
 }
 
-static uint32_t token_hash(const char *text, size_t len) {
+/* Not inlined: gcc takes XXH3's steps for long texts for reads past the end of a caller's short buffer, and warns. */
+__attribute__((noinline)) static uint32_t token_hash(const char *text, size_t len) {
     return (uint32_t)XXH3_64bits(text, len);
 }
 
@@ -1076,6 +1077,12 @@ static int read_id(Loader *l, const char *field, int node, int *largest) {
     return 0;
 }
 
+static size_t slots_for(size_t entries) {
+    size_t slots = 16;
+    while (slots < entries + entries / 2) slots *= 2;
+    return slots;
+}
+
 /* Finds the largest id and makes the tables of that size. */
 static int make_tables(Loader *l, int vocab, int added) {
     Tokenizer *tok = l->tok;
@@ -1085,8 +1092,7 @@ static int make_tables(Loader *l, int vocab, int added) {
     for (int a = json_first(&l->json, added); a >= 0; a = json_next(&l->json, a))
         if (read_id(l, "added_tokens.id", json_get(&l->json, a, "id"), &largest)) return -1;
     tok->n_ids = largest + 1;
-    size_t tokens = (size_t)json_size(&l->json, vocab) + (size_t)json_size(&l->json, added), slots = 16;
-    while (slots < 2 * tokens) slots *= 2;
+    size_t slots = slots_for((size_t)json_size(&l->json, vocab) + (size_t)json_size(&l->json, added));
     tok->token = xcalloc((size_t)tok->n_ids + 1, sizeof *tok->token);
     tok->slot = xmalloc(slots * sizeof *tok->slot);
     memset(tok->slot, 0xFF, slots * sizeof *tok->slot);
@@ -1140,29 +1146,39 @@ static void index_characters(Tokenizer *tok) {
 
 /* ------------------------------------------------------------------------------------------------ loading: merges */
 
-/* Splits an entry, "a b" or ["a", "b"], and calls use() with the two. */
-static int read_merge(Loader *l, int node, int rank, int (*use)(Loader *, Text left, Text right, int rank)) {
-    const char *malformed = "an entry is neither \"a b\" nor [\"a\", \"b\"]";
-    Text left = {0}, right = {0};
-    int rc;
+typedef struct {
+    Text left, right;
+    uint32_t left_hash, right_hash;
+} Merge;
+
+/* Splits an entry, "a b" or ["a", "b"]; free_merge in either case. */
+static int read_merge(const Loader *l, int node, Merge *merge) {
+    *merge = (Merge){0};
     if (json_type(&l->json, node) == JSON_ARRAY && json_size(&l->json, node) == 2) {
         int first = json_first(&l->json, node);
-        left = read_text(l, first);
-        right = read_text(l, json_next(&l->json, first));
+        merge->left = read_text(l, first);
+        merge->right = read_text(l, json_next(&l->json, first));
     } else {
-        left = read_text(l, node);
-        const char *space = left.text ? memchr(left.text, ' ', left.len) : NULL;
+        Text *left = &merge->left;
+        *left = read_text(l, node);
+        const char *space = left->text ? memchr(left->text, ' ', left->len) : NULL;
         if (space) {
-            size_t n = (size_t)(space - left.text);
-            right = (Text){space + 1, left.len - n - 1, NULL};
-            left.len = n;
-            if (memchr(right.text, ' ', right.len)) right.text = NULL;
+            size_t n = (size_t)(space - left->text);
+            merge->right = (Text){space + 1, left->len - n - 1, NULL};
+            left->len = n;
         }
+        if (space && memchr(merge->right.text, ' ', merge->right.len)) merge->right.text = NULL;
     }
-    rc = left.text && right.text ? use(l, left, right, rank) : refuse(l, "model.merges", malformed);
-    free(left.own);
-    free(right.own);
-    return rc;
+    if (!merge->left.text || !merge->right.text)
+        return refuse(l, "model.merges", "an entry is neither \"a b\" nor [\"a\", \"b\"]");
+    merge->left_hash = token_hash(merge->left.text, merge->left.len);
+    merge->right_hash = token_hash(merge->right.text, merge->right.len);
+    return 0;
+}
+
+static void free_merge(Merge *merge) {
+    free(merge->left.own);
+    free(merge->right.own);
 }
 
 static int refuse_merge(const Loader *l, int rank, const char *text, size_t len) {
@@ -1180,12 +1196,13 @@ static int find_joined(const Loader *l, const char *text, size_t len) {
     return find_in_model(l->tok, text, len);
 }
 
-static int add_merge(Loader *l, Text left, Text right, int rank) {
+static int add_merge(Loader *l, const Merge *merge, int rank) {
     Tokenizer *tok = l->tok;
-    int left_id = find_in_model(tok, left.text, left.len);
-    if (left_id < 0) return refuse_merge(l, rank, left.text, left.len);
-    int right_id = find_in_model(tok, right.text, right.len);
-    if (right_id < 0) return refuse_merge(l, rank, right.text, right.len);
+    Text left = merge->left, right = merge->right;
+    int left_id = token_slot(tok, merge->left_hash, left.text, left.len)->id;
+    if (left_id < 0 || !tok->token[left_id].in_model) return refuse_merge(l, rank, left.text, left.len);
+    int right_id = token_slot(tok, merge->right_hash, right.text, right.len)->id;
+    if (right_id < 0 || !tok->token[right_id].in_model) return refuse_merge(l, rank, right.text, right.len);
     arrsetlen(l->scratch, 0);
     append(&l->scratch, left.text, left.len);
     append(&l->scratch, right.text, right.len);
@@ -1204,16 +1221,41 @@ static int add_merge(Loader *l, Text left, Text right, int rank) {
     return 0;
 }
 
+/* Half a million merges look up tokens all over memory: a batch of them asks for the cache lines before it needs them. */
+static int add_batch(Loader *l, Merge *batch, int n, int first_rank) {
+    Tokenizer *tok = l->tok;
+    int rc = 0;
+    for (int i = 0; i < n; i++) {
+        int left = tok->slot[batch[i].left_hash & tok->slot_mask].id;
+        int right = tok->slot[batch[i].right_hash & tok->slot_mask].id;
+        if (left >= 0) __builtin_prefetch(&tok->token[left]);
+        if (right >= 0) __builtin_prefetch(&tok->token[right]);
+    }
+    for (int i = 0; i < n && !rc; i++) rc = add_merge(l, &batch[i], first_rank + i);
+    for (int i = 0; i < n; i++) free_merge(&batch[i]);
+    return rc;
+}
+
 static int read_merges(Loader *l, int merges) {
-    size_t slots = 16;
-    while (slots < 2 * (size_t)json_size(&l->json, merges)) slots *= 2;
-    l->tok->merge = xmalloc(slots * sizeof(MergeSlot));
-    memset(l->tok->merge, 0xFF, slots * sizeof(MergeSlot)); /* NO_MERGE everywhere */
-    l->tok->merge_mask = slots - 1;
-    int rank = 0;
-    for (int m = json_first(&l->json, merges); m >= 0; m = json_next(&l->json, m))
-        if (read_merge(l, m, rank++, add_merge)) return -1;
-    return 0;
+    Tokenizer *tok = l->tok;
+    size_t slots = slots_for((size_t)json_size(&l->json, merges));
+    tok->merge = xmalloc(slots * sizeof(MergeSlot));
+    memset(tok->merge, 0xFF, slots * sizeof(MergeSlot)); /* NO_MERGE everywhere */
+    tok->merge_mask = slots - 1;
+    Merge batch[32];
+    int n = 0, rank = 0, rc = 0;
+    for (int m = json_first(&l->json, merges); m >= 0 && !rc; m = json_next(&l->json, m)) {
+        rc = read_merge(l, m, &batch[n++]);
+        __builtin_prefetch(&tok->slot[batch[n - 1].left_hash & tok->slot_mask]);
+        __builtin_prefetch(&tok->slot[batch[n - 1].right_hash & tok->slot_mask]);
+        if (rc || n < LENGTH(batch)) continue;
+        rc = add_batch(l, batch, n, rank);
+        rank += n;
+        n = 0;
+    }
+    if (!rc) return add_batch(l, batch, n, rank);
+    for (int i = 0; i < n; i++) free_merge(&batch[i]);
+    return -1;
 }
 
 static int refuse_unless_empty(const Loader *l, int model, const char *key) {
