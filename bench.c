@@ -219,15 +219,15 @@ static int bench_decode(const Settings *s, const Loaded *l, Err *err) {
         return -1;
     }
     double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
-    for (int i = 0; i < s->repeat && status == 0; i++) {
-        Decoder d = {.how = how, .vocab_size = l->model.config.vocab_size, .tok = l->tok};
+    for (int i = -1; i < s->repeat && status == 0; i++) { /* -1: warm-up */
+        Decoder d = {.how = how, .vocab_size = l->model.config.vocab_size};
         forest_cut(&f, 0);
         double start = now();
         int root = forest_add(&f, -1, PROMPT - 1, err);
         status = feed(&f, &b, root, ids, PROMPT - 1, NULL, err);
         status = status == 0 ? decoder_add(&d, &f, root, 0, ids[PROMPT - 1], rows, err) : -1;
         status = status == 0 && decode(&d, &f, &b, err) >= 0 ? 0 : -1;
-        seconds[i] = now() - start;
+        seconds[i < 0 ? 0 : i] = now() - start;
         decoder_free(&d);
     }
     if (status == 0) {
@@ -285,7 +285,7 @@ int run_bench(const Settings *s, Err *err) {
         status = open_engine(&l.engine, s, err);
         status = status == 0 ? bench_linear(s, l.engine, err) : -1;
     } else {
-        status = load_all(&l, s, true, err);
+        status = load_all(&l, s, false, err);
         if (status == 0 && (all || strcmp(what, "load") == 0)) {
             status = bench_load(s, l.engine, err);
         }

@@ -48,7 +48,7 @@ static void take_token(Decoder *d, Sample *x, int id, float logprob) {
     x->ended = is_end(d, id);
     if (!x->ended) {
         size_t n = 0;
-        const char *piece = tokenizer_is_special(d->tok, id) ? NULL : tokenizer_piece(d->tok, id, &n);
+        const char *piece = !d->tok || tokenizer_is_special(d->tok, id) ? NULL : tokenizer_piece(d->tok, id, &n);
         size_t from = arrlenu(x->text), tail = d->stop ? strlen(d->stop) : 0;
         arrput(x->ids, id);
         if (piece && n) {

@@ -540,7 +540,7 @@ typedef struct {
     Decoding how;
     const int *eos;       /* stb */
     const char *stop;     /* a text that ends a sample when it has been written; may be NULL */
-    const Tokenizer *tok;
+    const Tokenizer *tok; /* NULL: only ids are wanted */
     int vocab_size;
     Sample *sample;       /* stb */
     int *live;            /* stb: indices of those still growing, in batch order */
@@ -633,8 +633,8 @@ typedef struct {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html;
-    int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply;
+        *sidecar, *html, *train;
+    int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale;
     bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
@@ -665,6 +665,7 @@ int parse_layers(const char *text, const Config *c, int **layers, Err *err);
 
 int run_dump(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
+int run_eval(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */

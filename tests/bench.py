@@ -112,6 +112,7 @@ class Bench:
         seconds = {label: [] for label in measures}
         for _ in range(self.rounds):
             for label, measure in measures.items():
+                time.sleep(0.3)  # OpenBLAS's threads spin for a while after their last product
                 seconds[label].append(measure())
         return seconds
 

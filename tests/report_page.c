@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* clang-format off */
 static const char *const prose[] = {
     "<|begin_of_text|>", "The", " light", "house", " keeper", " wrote", " the", " same", " line", " in", " his", " log",
     " every", " night", ":", " \"", "Lamp", " lit", ",", " sea", " calm", ".\"", " On", " the", " fourth", " of",
@@ -24,21 +25,25 @@ static const char *const evil[] = {
     "</script><script>window.ran = 1</script>", "<!--<script>", "<img src=x onerror='window.ran = 2'>",
     "\xe2\x80\xa8\xe2\x80\xa9", "\" onclick=\"window.ran = 3", "\xe2\x80\xae zyx\xe2\x80\xac", "\xf0\x9f\xa6\x8a",
     "averyveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryveryverylongtoken", "\x1b[31m",
-    "\t", "", " \xd7\xa9\xd7\x9c\xd7\x95\xd7\x9d", "&lt;b&gt;", "javascript:window.ran = 4", "]]>", "\\u003c/script>",
+    "\t", "", " \xd7\xa9\xd7\x9c\xd7\x95\xd7\x9d", "&lt;b&gt;", "</script/x", "]]>", "\\u003c/script>",
 };
 enum { N_EVIL = sizeof evil / sizeof *evil };
+/* clang-format on */
 
 static const char *text_of(int i, bool hostile) {
     if (hostile && i % N_PROSE >= 32 && i % N_PROSE < 32 + N_EVIL) return evil[i % N_PROSE - 32];
     return prose[i % N_PROSE];
 }
 
-static void string(FILE *out, const char *text) { json_write_string(out, text, strlen(text)); }
+static void string(FILE *out, const char *text) {
+    json_write_string(out, text, strlen(text));
+}
 
 static char *explanation(int i, int layer, bool hostile) {
     static const char *const gist[3] = {
         "Surface form: a short declarative sentence of plain English prose, past tense, no dialogue yet.",
-        "A maritime story: a lone keeper, a daily log, a lamp; literary fiction in a restrained, slightly ominous tone.",
+        "A maritime story: a lone keeper, a daily log, a lamp; literary fiction in a restrained, slightly ominous "
+        "tone.",
         "The narrative is holding something back. A routine has been broken; step by step the reader is led on.",
     };
     static const char *const next[3] = {
@@ -60,15 +65,20 @@ static void reading(FILE *out, int i, int layer, bool hostile, bool scored) {
             i ? 38 + 17 * layer + 6 * wave : 2210.5, i ? "false" : "true", i < 10 ? "true" : "false");
     for (int s = 0; s < 3; s++) {
         bool failed = !s && (i == 41 || i == 70), truncated = failed && i == 41;
-        char *text = explanation(i, layer, hostile), *raw = xprintf("<explanation>\n%s%s", text, failed ? "" : "\n</explanation>");
+        char *text = explanation(i, layer, hostile),
+             *raw = xprintf("<explanation>\n%s%s", text, failed ? "" : "\n</explanation>");
         fputs(s ? ",{\"explanation\":" : "{\"explanation\":", out);
-        if (failed) fputs("null", out);
-        else string(out, text);
+        if (failed)
+            fputs("null", out);
+        else
+            string(out, text);
         fputs(",\"text\":", out);
         string(out, raw);
         fprintf(out, ",\"truncated\":%s", truncated ? "true" : "false");
-        if (failed || !scored) fputs(",\"fve\":null,\"cos\":null,\"mse_nrm\":null}", out);
-        else fprintf(out, ",\"fve\":%.5f,\"cos\":%.5f,\"mse_nrm\":%.5f}", fve - 0.04 * s, 1 - mse / 2, mse + 0.03 * s);
+        if (failed || !scored)
+            fputs(",\"fve\":null,\"cos\":null,\"mse_nrm\":null}", out);
+        else
+            fprintf(out, ",\"fve\":%.5f,\"cos\":%.5f,\"mse_nrm\":%.5f}", fve - 0.04 * s, 1 - mse / 2, mse + 0.03 * s);
         free(text);
         free(raw);
     }
@@ -79,11 +89,15 @@ static void write_json(FILE *out, const char *kind) {
     bool hostile = !strcmp(kind, "hostile"), scored = strcmp(kind, "bare") != 0;
     int n = !strcmp(kind, "large") ? 2000 : N_PROSE, n_layers = scored ? 3 : 1;
     fputs("{\"title\":", out);
-    string(out, hostile ? evil[0] : "\xe2\x80\x9cThe lighthouse keeper wrote the same line \xe2\x80\xa6\xe2\x80\x9d");
-    fputs(",\"created\":\"2026-01-01 12:00 UTC\",\"settings\":{\"model\":\"made-up data, no model was run\",\"av\":", out);
+    string(out, hostile ? evil[0]
+                        : "\xe2\x80\x9cThe lighthouse keeper \xe2\x80\xa6\xe2\x80\x9d (a sample, every value made up)");
+    fputs(",\"created\":\"2026-01-01 12:00 UTC\",\"settings\":{\"model\":\"made-up data, no model was run\",\"av\":",
+          out);
     string(out, hostile ? evil[0] : "none");
-    fprintf(out, ",\"ar\":%s,\"chat\":false,\"samples\":3,\"temperature\":1,\"seed\":7,\"max_tokens\":200,"
-            "\"injection_scale\":null},\"baseline\":", scored ? "\"none\"" : "null");
+    fprintf(out,
+            ",\"ar\":%s,\"chat\":false,\"samples\":3,\"temperature\":1,\"seed\":7,\"max_tokens\":200,"
+            "\"injection_scale\":null},\"baseline\":",
+            scored ? "\"none\"" : "null");
     string(out, hostile ? evil[2] : "the readings on this page, layer by layer.");
     fputs(",\"tokens\":[", out);
     for (int i = 0; i < n; i++) {

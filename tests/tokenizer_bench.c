@@ -1,4 +1,4 @@
-/* tokenizer_bench.c - tokenizer.c without the rest of nla, for tests/tokenizer_parity.py and for timing by hand.
+/* tokenizer_bench.c - the tokenizer without the rest of nla, for tests/tokenizer_parity.py and for timing by hand.
  *
  *   tokenizer_bench load FILE TIMES              seconds to read tokenizer.json, the best of TIMES
  *   tokenizer_bench encode FILE PLAIN SPECIAL    records from stdin (u32 length, bytes): each record's ids with the
@@ -10,7 +10,8 @@
  *   tokenizer_bench nfc                          records from stdin: the NFC of each by utf8proc to stdout
  *
  * encode and decode print the seconds that the calls themselves took, once over all records. Host byte order. Build:
- *   cc -std=gnu17 -O3 -I. tests/tokenizer_bench.c tokenizer.c safetensors.c -lpcre2-8 -lutf8proc -lyaml -lm
+ *   cc -std=gnu17 -O3 -I. tests/tokenizer_bench.c tokenizer.c tokenizer_file.c chat.c safetensors.c \
+ *       -lpcre2-8 -lutf8proc -lyaml -lm
  */
 #include "nla.h"
 

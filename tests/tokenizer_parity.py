@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares tokenizer.c with Hugging Face `tokenizers`: ids, decoded texts, chat renderings, speed.
+"""Compares tokenizer.c and chat.c with Hugging Face `tokenizers`: ids, decoded texts, chat renderings, speed.
 
   tokenizer_parity.py [--lines N] [DIR...]   compares, for each DIR with a tokenizer.json (by default the ones known to
                                              this project); exit status 1 on a mismatch
@@ -49,7 +49,7 @@ CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
 def build(folder):
     program = folder / "tokenizer_bench"
-    sources = ["tests/tokenizer_bench.c", "tokenizer.c", "safetensors.c"]
+    sources = ["tests/tokenizer_bench.c", "tokenizer.c", "tokenizer_file.c", "chat.c", "safetensors.c"]
     libraries = ["-lpcre2-8", "-lutf8proc", "-lyaml", "-lm"]
     command = [os.environ.get("CC", "cc"), "-std=gnu17", "-O3", "-g", "-I.", *sources, "-o", str(program), *libraries]
     subprocess.run(command, cwd=ROOT, check=True)
