@@ -3,9 +3,9 @@
  * A page is one file that needs nothing else: style, script and data are inside it, and its content policy forbids
  * the network, so it can be mailed, archived and opened anywhere. It depends on safetensors.c (JSON, files) alone.
  *
- * Everything in the data is taken as hostile, as a model wrote most of it. Three walls, each enough by itself:
- * the JSON is embedded with no character that HTML could read as markup (page_json); the script gives text to the
- * document as text nodes only; and the policy's trusted types make the browser refuse markup built from strings.
+ * Everything in the data is taken as hostile, as a model wrote most of it. The file's parser is guarded by page_json,
+ * which embeds the JSON with no character that HTML could read as markup; the document is guarded twice: the script
+ * gives it text as text nodes only, and the policy's trusted types make the browser refuse markup built from strings.
  *
  * The page's parts are string literals below, one line of the page a line: style, body, script. In the script `el`
  * makes an element, `at[layer][position]` is a reading, `state` is what the reader chose and `show` draws it.

@@ -170,6 +170,38 @@ gzip -c "$work/docs.jsonl" >"$work/docs.jsonl.gz"
 "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl.gz" --out "$work/zipped" --layer 1 &&
     same "$work/one/activations.safetensors" "$work/zipped/activations.safetensors" "capture of a gzipped file"
 
+# the method: starts from a target, words from vectors, vectors from words, the round trip
+target=tests/golden/pair_llama/av pair=tests/golden/pair_llama
+printf '{"doc_id": "a", "text": "The river was wide."}\n{"doc_id": "b", "text": "It rained."}\n' >"$work/texts.jsonl"
+prints '"layer": 2' "$NLA" capture --quiet --json --model "$target" --in "$work/texts.jsonl" --out "$work/acts" --layer 2
+says 1 "--layer 4: the model has layers 0 to 3" "$NLA" init --quiet --model "$target" --layer 4 --av "$work/av" --injection-scale 5
+says 1 "needs a length for the injected vector" "$NLA" init --quiet --model "$target" --layer 2 --av "$work/av"
+says 1 "name what to make" "$NLA" init --quiet --model "$target" --layer 2
+says 1 "no character is one rare token" "$NLA" init --quiet --model "$good" --layer 1 --ar "$work/av"
+prints "" "$NLA" init --quiet --model "$target" --layer 2 --av "$work/av" --ar "$work/ar" --acts "$work/acts"
+says 1 "exists already" "$NLA" init --quiet --model "$target" --layer 2 --ar "$work/ar"
+[ -L "$work/av/model.safetensors" ] && ok || bad "the AV start copies the weights"
+prints '"layers": 3' "$NLA" inspect --json "$work/ar"
+prints '"failed": ' "$NLA" verbalize --quiet --av "$work/av" --acts "$work/acts" --max-tokens 5 --samples 2
+"$NLA" verbalize --quiet --av "$pair/av" --acts "$work/acts" --max-tokens 8 --samples 2 --temperature 1 --logprobs --out "$work/v1" &&
+    "$NLA" verbalize --quiet --av "$pair/av" --acts "$work/acts" --max-tokens 8 --samples 2 --temperature 1 --logprobs --batch 2 --threads 1 \
+        --out "$work/v2" && same "$work/v1" "$work/v2" "verbalize in other batches"
+printf '{"explanation": "A text about a river.", "row": 0}\n{"explanation": null, "row": 1}\n{"explanation": "Rain.", "row": 2}\n' >"$work/e.jsonl"
+prints '"texts": 2, "failed": 1' "$NLA" reconstruct --quiet --json --ar "$work/ar" --in "$work/e.jsonl" --out "$work/r.safetensors" --acts "$work/acts"
+prints "activation_vector" "$NLA" inspect "$work/r.safetensors"
+printf '{"words": 1}\n' >"$work/e.jsonl"
+says 1 "line 1 has no explanation" "$NLA" reconstruct --quiet --ar "$work/ar" --in "$work/e.jsonl" --out "$work/r2.safetensors"
+says 1 "vectors have width 40, the AV" "$NLA" verbalize --quiet --av tests/golden/pair_qwen3/av --acts "$work/acts"
+says 1 "role is not av" "$NLA" verbalize --quiet --av "$pair/ar" --acts "$work/acts"
+says 1 "nla_meta.yaml" "$NLA" verbalize --quiet --av "$good" --acts "$work/acts"
+prints '"tokens": [' "$NLA" explain --quiet --json --model "$target" --av "$work/av" --ar "$work/ar" "The river was" --max-tokens 6 --layers 1,2
+prints "failed (cut off" "$NLA" explain --quiet --model "$target" --av "$work/av" --ar "$work/ar" --positions 2:4 --html "$work/page.html" \
+    "The river was" --max-tokens 6
+grep -q '<html' "$work/page.html" && ok || bad "no page was written"
+says 1 "--positions 7: the text has positions" "$NLA" explain --quiet --model "$target" --av "$work/av" --positions 7 "x"
+says 1 "they were not made for this model" "$NLA" explain --quiet --model "$target" --av tests/golden/pair_qwen3/av "x"
+prints '"conditions": {"explained": {' "$NLA" eval --quiet --json --av "$work/av" --ar "$work/ar" --acts "$work/acts" --max-tokens 5
+
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"
 "$NLA" help >/dev/full 2>"$work/err"
