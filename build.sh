@@ -37,7 +37,7 @@ libs="-lpcre2-8 -lutf8proc -lyaml -lm"
 
 # ------------------------------------------------------------------------------------------------- packages
 
-# What each Debian package is needed for: a header, a command, or one of the two others that `lacks` knows.
+# What each Debian package is needed for: a header, a command, a file, or one of the two others that `lacks` knows.
 to_build=(libc6-dev:stdio.h libpcre2-dev:pcre2.h libutf8proc-dev:utf8proc.h libyaml-dev:yaml.h
     libstb-dev:stb/stb_ds.h libjsmn-dev:jsmn.h libxxhash-dev:xxhash.h)
 
@@ -47,6 +47,7 @@ lacks() { # lacks HEADER|libFuzzer|ensurepip|COMMAND
     case $1 in
     libFuzzer) ! clang -fsanitize=fuzzer,address -x c - -o /dev/null <<<"$fuzzer" 2>/dev/null ;;
     ensurepip) ! python3 -c 'import ensurepip' 2>/dev/null ;;
+    /*) [ ! -e "$1" ] ;;
     *.h) ! printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$1" | $CC -E -x c - >/dev/null 2>&1 ;;
     *) ! exists "$1" ;;
     esac
@@ -359,6 +360,8 @@ run_tests() {
 
     part "4. shell tests, on the sanitized binary"
     check "build/asan/nla" run_make asan build/asan/nla
+    need chromium:chromium chromium-driver:chromedriver python3:python3 fonts-dejavu-core:/usr/share/fonts/truetype/dejavu ||
+        say "the page's test in a browser will be skipped"
     run_shell_tests
 
     part "5. fuzzing: the corpus again, then 20 s of new inputs"

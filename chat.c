@@ -1,8 +1,8 @@
 /* chat.c - a conversation as the model's chat template writes it.
  *
- * The Jinja templates are not run: the families (ChatML as SmolLM2, Qwen2.5 and Qwen3 have it, Llama 3 and 3.1, Gemma 3)
- * are known by the marks in their templates, and each is written by a function of its own. A template with other marks
- * is refused. tests/tokenizer_parity.py compares the renderings with Jinja's.
+ * The Jinja templates are not run: the families (ChatML as SmolLM2, Qwen2.5 and Qwen3 have it, Llama 3 and 3.1, Gemma
+ * 3) are known by the marks in their templates, and each is written by a function of its own. A template with other
+ * marks is refused. tests/tokenizer_parity.py compares the renderings with Jinja's.
  */
 #include "tokenizer.h"
 

@@ -338,15 +338,15 @@ static void narrow(uint16_t *out, const float *in, size_t n) {
 #endif
 
 /* Columns [k0, k0+kc) of `rows` rows of x, tile by tile: the rows of a tile take turns, a register's worth each, so that the
- * product reads one stream. Beyond kc the last register is zero. */
+ * product reads one stream. Beyond kc there are zeros. */
 static void pack_x(float *packed, const float *x, int rows, int K, int k0, int kc, int width, bool bf16) {
     int step = bf16 ? 2 * LANES : LANES; /* numbers in a register */
     for (int i = 0; i < rows; i++) {
         const float *in = x + (size_t)i * (size_t)K + k0;
         int tile = i / TILE_ROWS * TILE_ROWS, mr = rows - tile < TILE_ROWS ? rows - tile : TILE_ROWS;
         float *out = packed + (size_t)tile * (size_t)width + (size_t)(i - tile) * LANES;
-        for (int p = 0; p < kc; p += step, out += (size_t)mr * LANES) {
-            size_t n = (size_t)(kc - p < step ? kc - p : step);
+        for (int p = 0; p < (bf16 ? 2 * width : width); p += step, out += (size_t)mr * LANES) {
+            size_t n = p >= kc ? 0 : (size_t)(kc - p < step ? kc - p : step);
 #ifdef __AVX512BF16__
             if (bf16) {
                 memset(out, 0, LANES * sizeof(float));

@@ -617,7 +617,7 @@ void baseline_free(Baseline *b);
 /* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */
 int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err);
-int ar_start(const char *dir, const Model *base, int layer, const Yaml *sidecar, Err *err);
+int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ pages to look at */
 

@@ -255,12 +255,13 @@ int sidecar_text_ids(const Sidecar *s, const Tokenizer *tok, const char *text, s
     char *filled = fill(s->ar_template, EXPLANATION, text, len);
     int start = (int)arrlen(*ids), status = tokenizer_encode(tok, filled, strlen(filled), true, ids, err);
     free(filled);
-    int n = (int)arrlen(*ids) - start, m = (int)arrlen(s->suffix_ids);
-    if (status == 0 && m > 0 && (n < m || memcmp(*ids + start + n - m, s->suffix_ids, (size_t)m * sizeof(int)) != 0)) {
+    const int *x = *ids;
+    int n = (int)arrlen(x), m = (int)arrlen(s->suffix_ids);
+    if (status == 0 && m > 0 && (n - start < m || memcmp(x + n - m, s->suffix_ids, (size_t)m * sizeof(int)) != 0)) {
         char have[128] = "", want[128] = "";
-        for (int i = 0; i < m && i < 12; i++) {
+        for (int i = 0; x && i < m && i < 12; i++) {
             size_t h = strlen(have), w = strlen(want);
-            snprintf(have + h, sizeof have - h, " %d", i + n - m >= 0 ? (*ids)[start + n - m + i] : -1);
+            snprintf(have + h, sizeof have - h, " %d", n - m + i >= start ? x[n - m + i] : -1);
             snprintf(want + w, sizeof want - w, " %d", s->suffix_ids[i]);
         }
         status = fail(err, "%s: the AR prompt ends in the ids%s, critic_suffix_ids says%s (another tokenizer, or the template drifted)",

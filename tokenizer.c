@@ -268,22 +268,9 @@ static bool is_word(int cp) {
 
 /* ------------------------------------------------------------------------------------------------ token tables */
 
-const Token *token_of(const Tokenizer *tok, int id) {
-    return id >= 0 && id < tok->n_ids && tok->token[id].text ? &tok->token[id] : NULL;
-}
-
 /* Not inlined: gcc takes XXH3's steps for long texts for reads past the end of a caller's short buffer, and warns. */
 __attribute__((noinline)) uint32_t token_hash(const char *text, size_t len) {
     return (uint32_t)XXH3_64bits(text, len);
-}
-
-TokenSlot *token_slot(const Tokenizer *tok, uint32_t hash, const char *text, size_t len) {
-    for (size_t i = hash & tok->slot_mask;; i = (i + 1) & tok->slot_mask) {
-        TokenSlot *slot = &tok->slot[i];
-        if (slot->id < 0) return slot;
-        const Token *token = &tok->token[slot->id];
-        if (slot->hash == hash && token->len == len && !memcmp(token->text, text, len)) return slot;
-    }
 }
 
 static int find_token(const Tokenizer *tok, const char *text, size_t len) {

@@ -178,7 +178,7 @@ says 1 "--layer 4: the model has layers 0 to 3" "$NLA" init --quiet --model "$ta
 says 1 "needs a length for the injected vector" "$NLA" init --quiet --model "$target" --layer 2 --av "$work/av"
 says 1 "name what to make" "$NLA" init --quiet --model "$target" --layer 2
 says 1 "no character is one rare token" "$NLA" init --quiet --model "$good" --layer 1 --ar "$work/av"
-prints "" "$NLA" init --quiet --model "$target" --layer 2 --av "$work/av" --ar "$work/ar" --acts "$work/acts"
+"$NLA" init --quiet --model "$target" --layer 2 --av "$work/av" --ar "$work/ar" --acts "$work/acts" && ok || bad "init fails"
 says 1 "exists already" "$NLA" init --quiet --model "$target" --layer 2 --ar "$work/ar"
 [ -L "$work/av/model.safetensors" ] && ok || bad "the AV start copies the weights"
 prints '"layers": 3' "$NLA" inspect --json "$work/ar"

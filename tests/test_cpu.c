@@ -84,6 +84,21 @@ static Tensor random_tensor(DType dtype, int rows, int cols, float **exact) {
     return t;
 }
 
+/* Leaves NaN wherever the engine's scratch can hold it: what a product does not write itself must not reach its result. */
+static void poison(Engine *e) {
+    enum { N = 130, I = 1024, O = 8 };
+    float *x = malloc(N * I * sizeof(float)), *y = malloc(N * O * sizeof(float)), *w = malloc(O * I * sizeof(float));
+    memset(x, 0xff, N * I * sizeof(float));
+    memset(w, 0xff, O * I * sizeof(float));
+    Linear linear = {.n = 1, .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {O, I}, .data = w}}, .in = I, .out = O};
+    e->linear(e, y, x, &linear, N);
+    linear.w[0].dtype = DT_BF16; /* goes through the packed strip */
+    e->linear(e, y, x, &linear, N);
+    free(x);
+    free(y);
+    free(w);
+}
+
 /* fp32 sums of K products of numbers below 1: the error stays below a few units of K * 2^-24 of the terms' sum. */
 static void check_linear(Engine *e, DType dtype, int N, int I, int O0, int O1, bool bias) {
     float *w0, *w1, *b0 = NULL, *x = random_floats((size_t)N * (size_t)I);
@@ -94,6 +109,7 @@ static void check_linear(Engine *e, DType dtype, int N, int I, int O0, int O1, b
         linear.b[0] = random_tensor(dtype, O0, 1, &b0);
     }
     float *y = malloc((size_t)N * (size_t)(O0 + O1) * sizeof(float));
+    poison(e);
     e->linear(e, y, x, &linear, N);
     for (int n = 0; n < N; n++) {
         for (int o = 0; o < O0 + O1; o++) {
@@ -199,6 +215,7 @@ Test(cpu, bf16_dot_equals_products_of_rounded_inputs) {
         float *w, *x = random_floats((size_t)(N * I)), *y = malloc((size_t)(N * O) * sizeof(float));
         Linear linear = {.n = 1, .in = I, .out = O};
         linear.w[0] = random_tensor(dtypes[d], O, I, &w);
+        poison(e);
         e->linear(e, y, x, &linear, N);
         for (int n = 0; n < N; n++) {
             for (int o = 0; o < O; o++) {
