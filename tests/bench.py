@@ -2,7 +2,7 @@
 """Measure nla beside OpenBLAS, PyTorch and transformers on the CPU: ratios from one run, with the same number of threads.
 
     ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|load ...] [--model DIR] [--tokenizers DIR ...]
-                                                [--nla ./nla] [--threads 2] [--quick] [--json FILE]
+                                                [--nla ./nla] [--threads 2] [--rounds 5] [--quick] [--json FILE]
 
     linear    matrix products at the shapes of SmolLM2-135M and Qwen2.5-7B (needs no model)
     forward   2,048 tokens: one document, 8 documents, 20 documents of uneven lengths
@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, given):
         self.nla = given.nla.resolve()
         self.threads = given.threads
-        self.rounds = 1 if given.quick else 5
+        self.rounds = 1 if given.quick else given.rounds
         self.quick = given.quick
         self.results = []
 
@@ -105,7 +105,7 @@ class Bench:
 
     def repeats(self, seconds):
         """How often to repeat within a round what takes about that long."""
-        return 1 if self.quick else max(3, min(50, round(0.3 / seconds)))
+        return 1 if self.quick or seconds > 1 else max(3, min(50, round(0.3 / seconds)))
 
     def alternate(self, measures):
         """Seconds of each measure in each round: {label: [round]}."""
@@ -234,7 +234,7 @@ def bench_forward(bench, directory, model):
         ("8 documents of 256", [256] * 8, 256),
         ("20 documents, 51 to 153 (nla: 103)", uneven_lengths(20, TOTAL_TOKENS, random), 103),
     )
-    repeat = 1 if bench.quick else 3
+    repeat = 1  # after a warm-up; the rounds repeat
     for name, lengths, max_length in cases:
         progress(f"forward of {name}")
         batch = padded(lengths, model.config.vocab_size, random)
@@ -399,6 +399,7 @@ def parse_arguments():
     options.add_argument("--tokenizers", type=Path, nargs="+", default=[], metavar="DIR",
                          help="directories with a tokenizer.json, to be loaded")  # fmt: skip
     options.add_argument("--threads", type=int, default=os.cpu_count(), help="of ours and theirs (default: all cores)")
+    options.add_argument("--rounds", type=int, default=5, help="of ours and theirs in turn (default: 5)")
     options.add_argument("--quick", action="store_true", help="one round: shows that everything runs, measures nothing")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write facts and results here")
     given = options.parse_args()
