@@ -140,11 +140,12 @@ static char *copy_text(const char *text) {
     return text ? xstrdup(text) : NULL;
 }
 
-static void add_permuted(Eval *e, const char *name, const char *what, uint64_t key) {
+/* The texts of condition `source`, each given to another row. */
+static void add_permuted(Eval *e, int source, const char *name, const char *what, uint64_t key) {
     int *order = derangement(e, key);
     Condition *c = add_condition(e, name, what);
     for (int i = 0; i < e->n; i++) {
-        c->text[i] = copy_text(e->condition[0].text[order[i]]);
+        c->text[i] = copy_text(e->condition[source].text[order[i]]);
     }
     free(order);
 }
@@ -499,8 +500,8 @@ int run_eval(const Settings *s, Err *err) {
     int status = eval_open(&e, err);
     status = status == 0 ? tell(&e, err) : -1;
     if (status == 0) {
-        add_permuted(&e, "permuted-v", "the explanation of another row's vector", 1);
-        add_permuted(&e, "permuted-t", "another row's text, shuffled anew", 2);
+        add_permuted(&e, 0, "permuted-v", "the explanation of another row's vector", 1);
+        add_permuted(&e, 0, "permuted-t", "another row's text, shuffled anew", 2);
         Condition *constant = add_condition(&e, "constant", "the same words for every row");
         for (int i = 0; i < e.n; i++) {
             constant->text[i] = xstrdup("The text goes on in the way it has gone so far.");
@@ -511,6 +512,7 @@ int run_eval(const Settings *s, Err *err) {
             for (int i = 0; i < e.n; i++) {
                 prefix->text[i] = copy_text(e.prefix[i]);
             }
+            add_permuted(&e, (int)arrlen(e.condition) - 1, "prefix-perm", "another row's true text", 4);
         }
         status = e.has_train ? add_nearest(&e, err) : 0;
     }

@@ -180,6 +180,51 @@ Test(method, a_forest_of_samples_says_token_for_token_what_each_says_alone) {
     }
 }
 
+/* The same samples with nothing shared: each has the whole prompt to itself, in one segment. */
+Test(method, a_forest_of_samples_equals_separate_decodes_of_flat_prompts) {
+    for (int i = 0; i < 4; i++) {
+        Pair p;
+        Verbalizer v;
+        Decoder together;
+        Err err = {0};
+        open_pair(&p, i);
+        cr_assert(verbalizer_open(&v, p.av, NULL, NAN, p.engine, &err) == 0, "%s", err.msg);
+        Decoding how = {.max_tokens = 12, .ignore_eos = true, .sampler = {.temperature = 1, .top_p = 1, .seed = 8}};
+        const float *vectors = floats(&p, "vectors");
+        int D = v.model.config.hidden_size, T = (int)arrlen(v.prompt);
+        cr_assert(verbalize(&v, &together, vectors, 3, 0, 4, &how, &err) == 0, "%s", err.msg);
+        Forest f;
+        cr_assert(forest_open(&f, &v.model, v.model.config.n_layers, T + 5 * (how.max_tokens + CACHE_ALIGN), T, &err) == 0);
+        for (int one = 0; one < 12; one++) {
+            Decoder alone = {.how = how, .eos = v.model.config.eos, .vocab_size = v.model.config.vocab_size, .tok = v.tok};
+            Batch b = {0};
+            float *vector = malloc((size_t)D * sizeof(float));
+            double scale = v.scale > 0 ? (double)v.scale / vector_norm(vectors + one / 4 * D, D) : 1;
+            for (int d = 0; d < D; d++) {
+                vector[d] = (float)((double)vectors[one / 4 * D + d] * scale);
+            }
+            forest_cut(&f, 0);
+            int root = forest_add(&f, -1, T - 1, &err);
+            batch_inject(&b, v.marker_at, vector);
+            batch_add(&b, &f, root, v.prompt, T - 1, 0);
+            cr_assert(model_forward(&f, &b, NULL, NULL, &err) == 0, "%s", err.msg);
+            cr_assert(decoder_add(&alone, &f, root, one / 4, v.prompt[T - 1], one % 4 + 1, &err) == 0);
+            alone.live[0] = one % 4; /* this sample only */
+            arrsetlen(alone.live, 1);
+            cr_assert(decode(&alone, &f, &b, &err) == 12);
+            const Sample *x = &alone.sample[one % 4], *y = &together.sample[one];
+            cr_assert(memcmp(x->ids, y->ids, 12 * sizeof(int)) == 0, "%s: vector %d sample %d", p.dir, one / 4, one % 4);
+            decoder_free(&alone);
+            batch_free(&b);
+            free(vector);
+        }
+        forest_close(&f);
+        decoder_free(&together);
+        verbalizer_close(&v);
+        close_pair(&p);
+    }
+}
+
 static char *read_text(const Json *j, int node, size_t *len) {
     char *text = json_string(j, node, len);
     cr_assert(text);
