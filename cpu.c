@@ -400,71 +400,76 @@ static void prefetch_strip(const Tensor *w, int O, int o, int K, int k0, int kc)
 }
 
 typedef struct {
-    float *out; /* the stack's own columns of the output: out[n * ldo + o] */
-    size_t ldo;
+    float *out;
     const float *x;
-    const Tensor *w, *b;
-    int O, K;
+    const Linear *w;
     bool bf16;
 } Product;
 
-/* One thread's share: rows [row, row+rows) of x and outputs [from, to). */
+/* The packed rows (columns [k0, k0+kc) of x) against outputs [from, to) of matrix m, whose first is `column` of the stack. */
+static void product_strips(const Product *p, Scratch *s, int m, int column, int row, int rows, int from, int to, int k0, int kc,
+                           int width) {
+    const Tensor *w = &p->w->w[m], *b = &p->w->b[m];
+    int O = (int)w->shape[0], K = p->w->in;
+    size_t ldo = (size_t)p->w->out, bytes = dtype_size(w->dtype);
+    /* Four whole rows that are stored as the product reads them need no packing. */
+    bool ready = p->bf16 ? w->dtype == DT_BF16 && kc == 2 * width && K % 2 == 0 : w->dtype == DT_F32 && kc == width;
+    for (int o = from; o < to; o += 4) {
+        const float *strip = s->strip;
+        size_t ldw = (size_t)width;
+        if (ready && o + 4 <= O) {
+            strip = (const float *)(const void *)((const char *)w->data + ((size_t)o * (size_t)K + (size_t)k0) * bytes);
+            ldw = (size_t)K * bytes / sizeof(float);
+        } else {
+            pack_strip(s->strip, w, O, o, K, k0, kc, width, p->bf16);
+        }
+        prefetch_strip(w, to, o + 4, K, k0, kc);
+        float bias[4] = {0};
+        Place place = {.ldo = ldo, .bias = k0 == 0 ? bias : NULL, .columns = to - o < 4 ? to - o : 4};
+        if (b->data && k0 == 0) {
+            widen(bias, b, (size_t)o, (size_t)place.columns);
+        }
+        for (int i = 0; i < rows; i += TILE_ROWS) {
+            place.out = p->out + (size_t)(row + i) * ldo + column + o;
+            dot_rows(rows - i < TILE_ROWS ? rows - i : TILE_ROWS, p->bf16, s->packed_x + (size_t)i * (size_t)width, strip, ldw, width,
+                     &place);
+        }
+    }
+}
+
+/* One thread's share: rows [row, row+rows) of x and columns [from, to) of the stack. x is packed once for all matrices. */
 static void product_block(const Product *p, Scratch *s, int row, int rows, int from, int to) {
-    int pieces = (p->K + BLOCK_K - 1) / BLOCK_K;
-    int step = (int)round_up((size_t)((p->K + pieces - 1) / pieces), 32);
-    for (int k0 = 0; k0 < p->K; k0 += step) {
-        int kc = p->K - k0 < step ? p->K - k0 : step;
+    int K = p->w->in, pieces = (K + BLOCK_K - 1) / BLOCK_K;
+    int step = (int)round_up((size_t)((K + pieces - 1) / pieces), 32);
+    for (int k0 = 0; k0 < K; k0 += step) {
+        int kc = K - k0 < step ? K - k0 : step, column = 0;
         int width = (int)round_up(p->bf16 ? (size_t)(kc + 1) / 2 : (size_t)kc, 16);
-        pack_x(s->packed_x, p->x + (size_t)row * (size_t)p->K, rows, p->K, k0, kc, width, p->bf16);
-        /* Four whole rows that are stored as the product reads them need no packing. */
-        bool ready = p->w->dtype == (p->bf16 ? DT_BF16 : DT_F32) && (p->bf16 ? kc == 2 * width : kc == width);
-        for (int o = from; o < to; o += 4) {
-            const float *strip = s->strip;
-            size_t ldw = (size_t)width;
-            if (ready && o + 4 <= p->O) {
-                size_t bytes = dtype_size(p->w->dtype), offset = (size_t)o * (size_t)p->K + (size_t)k0;
-                strip = (const float *)(const void *)((const char *)p->w->data + offset * bytes);
-                ldw = (size_t)p->K * bytes / sizeof(float);
-            } else {
-                pack_strip(s->strip, p->w, p->O, o, p->K, k0, kc, width, p->bf16);
+        pack_x(s->packed_x, p->x + (size_t)row * (size_t)K, rows, K, k0, kc, width, p->bf16);
+        for (int m = 0; m < p->w->n; m++) {
+            int O = (int)p->w->w[m].shape[0], first = from > column ? from - column : 0, last = to - column < O ? to - column : O;
+            if (first < last) {
+                product_strips(p, s, m, column, row, rows, first, last, k0, kc, width);
             }
-            prefetch_strip(p->w, to, o + 4, p->K, k0, kc);
-            float bias[4] = {0};
-            Place place = {.ldo = p->ldo, .bias = k0 == 0 ? bias : NULL, .columns = to - o < 4 ? to - o : 4};
-            if (p->b->data && k0 == 0) {
-                widen(bias, p->b, (size_t)o, (size_t)place.columns);
-            }
-            for (int i = 0; i < rows; i += TILE_ROWS) {
-                place.out = p->out + (size_t)(row + i) * p->ldo + o;
-                dot_rows(rows - i < TILE_ROWS ? rows - i : TILE_ROWS, p->bf16, s->packed_x + (size_t)i * (size_t)width, strip, ldw,
-                         width, &place);
-            }
+            column += O;
         }
     }
 }
 
 static void cpu_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     Cpu *cpu = e->scratch;
-    int blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    Product p = {out, x, w, e->bf16_dot};
+    int blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS, rows = (N + blocks - 1) / blocks;
     /* Few row blocks: the outputs are divided too, so that all threads have work until the end. */
     int tasks = blocks == 1 ? 2 * e->threads : 8 * e->threads, pieces = (tasks + blocks - 1) / blocks;
-    int column = 0;
+    int piece = (int)round_up((size_t)((w->out + pieces - 1) / pieces), 4), per_block = (w->out + piece - 1) / piece;
     bool small = (double)N * w->in * w->out < WORTH_THREADS;
-    for (int m = 0; m < w->n; m++) {
-        int O = (int)w->w[m].shape[0];
-        Product p = {(float *)out + column, (size_t)w->out, x, &w->w[m], &w->b[m], O, w->in, e->bf16_dot};
-        int piece = (int)round_up((size_t)((O + pieces - 1) / pieces), 4);
-        int per_block = (O + piece - 1) / piece;
-        int rows = (N + blocks - 1) / blocks;
 #pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (!small)
-        for (int task = 0; task < blocks * per_block; task++) {
-            int row = task / per_block * rows, from = task % per_block * piece;
-            int n = N - row < rows ? N - row : rows, to = O - from < piece ? O : from + piece;
-            if (n > 0) {
-                product_block(&p, &cpu->thread[omp_get_thread_num()], row, n, from, to);
-            }
+    for (int task = 0; task < blocks * per_block; task++) {
+        int row = task / per_block * rows, from = task % per_block * piece;
+        int n = N - row < rows ? N - row : rows, to = w->out - from < piece ? w->out : from + piece;
+        if (n > 0) {
+            product_block(&p, &cpu->thread[omp_get_thread_num()], row, n, from, to);
         }
-        column += O;
     }
 }
 
