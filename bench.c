@@ -103,11 +103,6 @@ int run_dump(const Settings *s, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ nla bench */
 
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* Prints what `repeat` runs of one measurement took: median, least and most, and work done a second. */
 static void report_times(const Settings *s, const char *name, double *seconds, int n, double work, const char *unit) {
     qsort(seconds, (size_t)n, sizeof *seconds, by_value);

@@ -304,11 +304,6 @@ static double centred_cosine(const Eval *e, const float *a, const float *b) {
     return aa > 0 && bb > 0 ? ab / sqrt(aa * bb) : 0;
 }
 
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* 95% of the means of resampled rows, as FVE. */
 static void bootstrap(const Eval *e, Condition *c) {
     double *fve = xcalloc(RESAMPLES, sizeof(double));

@@ -166,11 +166,6 @@ static int find_baseline(Explain *x, Rung *r, Err *err) {
     return 0;
 }
 
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* A norm past three times the median is an outlier (an attention sink, most often). */
 static void mark_outliers(const Explain *x, Rung *r) {
     int D = x->target.config.hidden_size, n = (int)arrlen(x->ids);
@@ -178,7 +173,7 @@ static void mark_outliers(const Explain *x, Rung *r) {
     for (int i = 0; i < n; i++) {
         norm[i] = vector_norm(r->vectors + (size_t)i * (size_t)D, D);
     }
-    qsort(norm, (size_t)n, sizeof(double), by_size);
+    qsort(norm, (size_t)n, sizeof(double), by_value);
     for (int i = 0; i < (int)arrlen(x->position); i++) {
         r->reading[i].position = x->position[i];
         r->reading[i].norm = vector_norm(r->vectors + (size_t)x->position[i] * (size_t)D, D);
@@ -233,7 +228,7 @@ static void take_telling(Telling *t, const Sample *sample) {
 
 static int tell_rung(Explain *x, Rung *r, double *spoke, double start, Err *err) {
     const Settings *s = x->s;
-    int D = x->target.config.hidden_size, n = (int)arrlen(x->position), group = s->batch > s->samples ? s->batch / s->samples : 1;
+    int D = x->target.config.hidden_size, n = (int)arrlen(x->position), group = group_size(s);
     int status = 0, rungs = (int)arrlen(x->rung), done = (int)(r - x->rung) * n;
     float *vectors = xmalloc((size_t)group * (size_t)D * sizeof(float));
     Decoding how = decoding_of(s);

@@ -27,10 +27,17 @@ static int stage(Staging *s, const char *dir, Err *err) {
     }
     s->final = xstrndup(dir, n);
     s->temp = xprintf("%s.tmp-%ld", s->final, (long)getpid());
+    int status = 0;
     if (access(s->final, F_OK) == 0) {
-        return fail(err, "%s: exists already; remove it or name another directory", s->final);
+        status = fail(err, "%s: exists already; remove it or name another directory", s->final);
+    } else if (mkdir(s->temp, 0777) != 0) {
+        status = fail(err, "%s: cannot make this directory: %s", s->temp, strerror(errno));
     }
-    return mkdir(s->temp, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", s->temp, strerror(errno));
+    if (status != 0) {
+        free(s->temp);
+        free(s->final);
+    }
+    return status;
 }
 
 static void remove_staged(const Staging *s) {
@@ -209,8 +216,6 @@ int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err) {
     Staging s;
     int status = stage(&s, dir, err);
     if (status != 0) {
-        free(s.temp);
-        free(s.final);
         return -1;
     }
     status = take_files(&s, base, true, err);
@@ -302,8 +307,6 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
     Staging s;
     int status = stage(&s, dir, err);
     if (status != 0) {
-        free(s.temp);
-        free(s.final);
         return -1;
     }
     status = take_files(&s, m->dir, false, err);

@@ -136,6 +136,11 @@ void decoder_free(Decoder *d) {
 
 /* ------------------------------------------------------------------------------------------------ AV: vector to text */
 
+int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 double vector_norm(const float *v, int d) {
     double squares = 0;
     for (int i = 0; i < d; i++) {

@@ -179,6 +179,10 @@ static int parse_options(Settings *s, const Command *c, int argc, char **argv, E
 
 /* ------------------------------------------------------------------------------------------------ shared by commands */
 
+int group_size(const Settings *s) {
+    return s->batch > s->samples ? s->batch / s->samples : 1;
+}
+
 Decoding decoding_of(const Settings *s) {
     return (Decoding){.sampler = {(float)s->temperature, s->top_k, (float)s->top_p, (uint64_t)s->seed},
                       .max_tokens = s->max_tokens, .ignore_eos = s->ignore_eos};
@@ -652,7 +656,7 @@ static int run_generate(const Settings *s, Err *err) {
     int **prompt = read_prompts(&l, s, err), status = prompt ? 0 : -1;
     int64_t tokens = 0;
     double start = now();
-    int group = s->batch / s->samples > 1 ? s->batch / s->samples : 1;
+    int group = group_size(s);
     for (int i = 0; i < (int)arrlen(prompt) && status == 0; i += group) {
         int to = i + group < (int)arrlen(prompt) ? i + group : (int)arrlen(prompt);
         status = generate_group(&l, s, prompt, i, to, &tokens, err);
@@ -1019,11 +1023,6 @@ static void write_reading(FILE *out, const Settings *s, const Sample *x, const J
         fprintf(out, i ? ", %.6g" : ", \"logprobs\": [%.6g", (double)x->logprob[i]);
     }
     fputs(s->logprobs && arrlen(x->logprob) ? "]}\n" : "}\n", out);
-}
-
-/* Vectors per group: as many samples as --batch lets decode together. */
-static int group_size(const Settings *s) {
-    return s->batch > s->samples ? s->batch / s->samples : 1;
 }
 
 static int verbalize_rows(Verbalizer *v, const Dataset *d, const Settings *s, FILE *out, Err *err) {

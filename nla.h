@@ -604,6 +604,7 @@ int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, in
 double cosine(const float *a, const float *b, int d); /* 0 when either is zero */
 double mse_nrm(const float *pred, const float *gold, int d, double mse_scale);
 double vector_norm(const float *v, int d);
+int by_value(const void *a, const void *b); /* qsort: doubles, ascending */
 
 /* The golds that FVE's denominators are computed on, one at a time. Zero it before use. */
 typedef struct {
@@ -648,6 +649,7 @@ typedef struct {
 } Loaded;
 
 Decoding decoding_of(const Settings *s);
+int group_size(const Settings *s); /* prompts or vectors decoded together: as many as --batch has room for --samples of */
 int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err); /* tokenizer: false when no text is read or printed */
 void unload(Loaded *l);
 int open_engine(Engine **engine, const Settings *s, Err *err);
