@@ -388,13 +388,14 @@ static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k
     }
 }
 
-/* Asks for the next strip while this one is being multiplied: with few rows (decoding) the product waits for memory. */
-static void prefetch_strip(const Tensor *w, int O, int o, int K, int k0, int kc) {
+/* Asks for a part of the next strip (its columns [from, from+n) of 4 rows) before each tile of this one: all at once would
+ * fill the processor's few slots for outstanding misses, and the product would wait behind them. */
+static void prefetch_strip(const Tensor *w, int O, int o, int K, int from, int n) {
     size_t size = dtype_size(w->dtype);
     for (int j = 0; j < 4 && o + j < O; j++) {
-        const char *row = (const char *)w->data + ((size_t)(o + j) * (size_t)K + (size_t)k0) * size;
-        for (size_t i = 0; i < (size_t)kc * size; i += 64) {
-            __builtin_prefetch(row + i, 0, 2);
+        const char *row = (const char *)w->data + ((size_t)(o + j) * (size_t)K + (size_t)from) * size;
+        for (size_t i = 0; i < (size_t)n * size; i += 64) {
+            __builtin_prefetch(row + i, 0, 3);
         }
     }
 }
@@ -423,13 +424,16 @@ static void product_strips(const Product *p, Scratch *s, int m, int column, int 
         } else {
             pack_strip(s->strip, w, O, o, K, k0, kc, width, p->bf16);
         }
-        prefetch_strip(w, to, o + 4, K, k0, kc);
         float bias[4] = {0};
         Place place = {.ldo = ldo, .bias = k0 == 0 ? bias : NULL, .columns = to - o < 4 ? to - o : 4};
         if (b->data && k0 == 0) {
             widen(bias, b, (size_t)o, (size_t)place.columns);
         }
-        for (int i = 0; i < rows; i += TILE_ROWS) {
+        int part = (int)round_up((size_t)(kc * TILE_ROWS / (rows + TILE_ROWS - 1)), 32);
+        for (int i = 0, next = 0; i < rows; i += TILE_ROWS, next += part) {
+            if (next < kc) {
+                prefetch_strip(w, to, o + 4, K, k0 + next, kc - next < part ? kc - next : part);
+            }
             place.out = p->out + (size_t)(row + i) * ldo + column + o;
             dot_rows(rows - i < TILE_ROWS ? rows - i : TILE_ROWS, p->bf16, s->packed_x + (size_t)i * (size_t)width, strip, ldw, width,
                      &place);

@@ -608,15 +608,42 @@ static int **read_prompts(const Loaded *l, const Settings *s, Err *err) {
     return prompt;
 }
 
+enum { PREFILL_ROWS = 1024 }; /* prompt tokens of one forward pass */
+
+/* Prompts [from, to), each a segment without its last token, which opens its samples; batches run over prompts' borders. */
+static int add_prompts(Decoder *d, Forest *f, Batch *b, int **prompt, int from, int to, int samples, Err *err) {
+    batch_clear(b);
+    for (int i = from; i < to; i++) {
+        int n = (int)arrlen(prompt[i]) - 1, root = n > 0 ? forest_add(f, -1, n, err) : -1;
+        if (n > 0 && root < 0) {
+            return -1;
+        }
+        for (int at = 0, take; at < n; at += take) {
+            int room = f->max_rows - (int)arrlen(b->token);
+            take = n - at < room ? n - at : room;
+            batch_add(b, f, root, prompt[i] + at, take, 0);
+            if (take == room) {
+                if (model_forward(f, b, NULL, NULL, err) != 0) {
+                    return -1;
+                }
+                batch_clear(b);
+            }
+        }
+        if (decoder_add(d, f, root, i, prompt[i][n], samples, err) != 0) {
+            return -1;
+        }
+    }
+    return arrlen(b->token) ? model_forward(f, b, NULL, NULL, err) : 0;
+}
+
 /* Decodes the samples of prompts [from, to) together and prints them. */
 static int generate_group(const Loaded *l, const Settings *s, int **prompt, int from, int to, int64_t *tokens, Err *err) {
-    int rows = 0, samples = (to - from) * s->samples, longest = 1;
+    int rows = 0, tokens_in = 0, samples = (to - from) * s->samples;
     for (int i = from; i < to; i++) {
-        int n = (int)arrlen(prompt[i]);
-        longest = n > longest ? n : longest;
-        rows += n + CACHE_ALIGN + s->samples * (s->max_tokens + CACHE_ALIGN);
+        tokens_in += (int)arrlen(prompt[i]);
+        rows += (int)arrlen(prompt[i]) + CACHE_ALIGN + s->samples * (s->max_tokens + CACHE_ALIGN);
     }
-    int work = longest < 512 ? longest : 512;
+    int work = tokens_in < PREFILL_ROWS ? tokens_in : PREFILL_ROWS;
     Forest forest;
     if (forest_open(&forest, (Model *)&l->model, l->model.config.n_layers, rows, work > samples ? work : samples, err) != 0) {
         return -1;
@@ -626,12 +653,7 @@ static int generate_group(const Loaded *l, const Settings *s, int **prompt, int 
     bool streaming = samples == 1 && !s->json;
     Decoder d = {.how = decoding_of(s), .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
                  .tok = l->tok, .token = streaming ? stream_bytes : NULL, .context = &stream};
-    int status = 0;
-    for (int i = from; i < to && status == 0; i++) { /* a prompt's last token opens each of its samples */
-        int n = (int)arrlen(prompt[i]), root = n > 1 ? forest_add(&forest, -1, n - 1, err) : -1;
-        status = n > 1 ? (root < 0 ? -1 : feed(&forest, &batch, root, prompt[i], n - 1, NULL, err)) : 0;
-        status = status == 0 ? decoder_add(&d, &forest, root, i, prompt[i][n - 1], s->samples, err) : -1;
-    }
+    int status = add_prompts(&d, &forest, &batch, prompt, from, to, s->samples, err);
     int64_t computed = status == 0 ? decode(&d, &forest, &batch, err) : -1;
     *tokens += computed > 0 ? computed : 0;
     for (int i = 0; computed >= 0 && i < (int)arrlen(d.sample); i++) {
@@ -1053,8 +1075,9 @@ static int verbalize_rows(Verbalizer *v, const Dataset *d, const Settings *s, FI
         decoder_free(&decoder);
         progress(s, &spoke, start, (double)(i + n), "vectors", (double)(i + n) / (double)d->n, i + n == d->n && status == 0);
     }
-    note(s, "%lld tokens drawn; %lld prompt tokens computed, %lld if each sample had its own prompt\n", (long long)tokens,
-         (long long)v->computed, (long long)v->flat);
+    double t = now() - start;
+    note(s, "%lld tokens drawn in %.2f s, %.1f tokens/s; %lld prompt tokens computed, %lld if each sample had its own prompt\n",
+         (long long)tokens, t, (double)tokens / t, (long long)v->computed, (long long)v->flat);
     free(vectors);
     return status;
 }
