@@ -236,6 +236,93 @@ static int bench_decode(const Settings *s, const Loaded *l, Err *err) {
     return status;
 }
 
+/* One sample of one vector with a prompt of its own, as if there were no forest. */
+static int decode_alone(Verbalizer *v, Forest *f, Batch *b, Decoder *d, const float *vector, int row, int sample, Err *err) {
+    int n = (int)arrlen(v->prompt) - 1;
+    forest_cut(f, 0);
+    batch_clear(b);
+    int root = forest_add(f, -1, n, err);
+    batch_inject(b, v->marker_at, vector);
+    batch_add(b, f, root, v->prompt, n, 0);
+    if (model_forward(f, b, NULL, NULL, err) != 0 || decoder_add(d, f, root, row, v->prompt[n], 1, err) != 0) {
+        return -1;
+    }
+    arrlast(d->sample).sample = sample;
+    return decode(d, f, b, err) < 0 ? -1 : 0;
+}
+
+static int decode_each_alone(Verbalizer *v, Decoder *d, const float *vectors, int n, int samples, Err *err) {
+    int D = v->model.config.hidden_size, length = (int)arrlen(v->prompt), status = 0;
+    Forest f;
+    Batch b = {0};
+    float *scaled = xmalloc((size_t)D * sizeof(float));
+    if (forest_open(&f, &v->model, v->model.config.n_layers, length + d->how.max_tokens + 2 * CACHE_ALIGN, length, err) != 0) {
+        free(scaled);
+        return -1;
+    }
+    for (int i = 0; i < n * samples && status == 0; i++) {
+        const float *vector = vectors + (size_t)(i / samples) * (size_t)D;
+        status = scaled_vector(scaled, vector, D, v->scale, i / samples, err);
+        status = status == 0 ? decode_alone(v, &f, &b, d, scaled, i / samples, i % samples, err) : -1;
+    }
+    batch_free(&b);
+    forest_close(&f);
+    free(scaled);
+    return status;
+}
+
+/* The AV over the forest against one decode a sample: the same tokens, prompt tokens computed, time. */
+static int bench_verbalize(const Settings *s, Engine *e, Err *err) {
+    Verbalizer v = {0};
+    Dataset data = {0};
+    if (need(s->av, "av", s, err) != 0 || need(s->acts, "acts", s, err) != 0 ||
+        verbalizer_open(&v, s->av, s->sidecar, s->injection_scale, e, err) != 0) {
+        return -1;
+    }
+    int D = v.model.config.hidden_size, status = dataset_open(&data, s->acts, err), n = 0, same = 0;
+    if (status == 0 && data.d_model != D) {
+        status = fail(err, "%s: vectors have width %d, the AV in %s %d", s->acts, data.d_model, s->av, D);
+    }
+    n = status != 0 ? 0 : s->rows > 0 && s->rows < data.n ? s->rows : (int)(data.n < 64 ? data.n : 64);
+    float *vectors = xmalloc((size_t)(n + 1) * (size_t)D * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        dataset_vector(&data, i, vectors + (size_t)i * (size_t)D);
+    }
+    Decoding how = decoding_of(s);
+    Decoder together = {0}, alone = {0};
+    double start = now(), seconds[2] = {0};
+    status = status == 0 ? verbalize(&v, &together, vectors, n, 0, s->samples, &how, err) : -1;
+    seconds[0] = now() - start;
+    start = now();
+    if (status == 0) {
+        alone = (Decoder){.how = how, .eos = together.eos, .vocab_size = together.vocab_size, .tok = v.tok, .stop = together.stop};
+        status = decode_each_alone(&v, &alone, vectors, n, s->samples, err);
+        seconds[1] = now() - start;
+    }
+    int64_t tokens = 0, total = (int64_t)n * s->samples;
+    for (int i = 0; i < total && status == 0; i++) {
+        const Sample *a = &together.sample[i], *b = &alone.sample[i];
+        size_t drawn = arrlenu(a->ids);
+        same += arrlenu(b->ids) == drawn && (drawn == 0 || memcmp(a->ids, b->ids, drawn * sizeof(int)) == 0);
+        tokens += arrlen(a->logprob);
+    }
+    if (status == 0) {
+        report_times(s, "the forest", &seconds[0], 1, (double)tokens, "tokens/s");
+        report_times(s, "one decode a sample", &seconds[1], 1, (double)tokens, "tokens/s");
+        note(s, "%d of %lld texts the same, token for token; prompt tokens computed: %lld, one prompt a sample: %lld (%.1f times)\n",
+             same, (long long)total, (long long)v.computed, (long long)v.flat, (double)v.flat / (double)v.computed);
+        note(s, "time: %.2f times\n", seconds[1] / seconds[0]);
+        status = same == total ? 0 : fail(err, "%lld texts differ between the forest and one decode a sample",
+                                          (long long)total - same);
+    }
+    decoder_free(&together);
+    decoder_free(&alone);
+    free(vectors);
+    dataset_close(&data);
+    verbalizer_close(&v);
+    return status;
+}
+
 /* Files to first use: weights mapped and checked, tokenizer built. */
 static int bench_load(const Settings *s, Engine *e, Err *err) {
     double *model = xcalloc((size_t)s->repeat, sizeof(double)), *tokenizer = xcalloc((size_t)s->repeat, sizeof(double));
@@ -266,19 +353,22 @@ static int bench_load(const Settings *s, Engine *e, Err *err) {
 int run_bench(const Settings *s, Err *err) {
     const char *what = arrlen(s->argument) ? s->argument[0] : "all";
     bool all = strcmp(what, "all") == 0;
-    const char *const parts[] = {"linear", "load", "forward", "decode"};
+    const char *const parts[] = {"linear", "load", "forward", "decode", "verbalize"};
     bool known = all;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         known = known || strcmp(what, parts[i]) == 0;
     }
     if (!known) {
-        return fail(err, "bench measures linear, load, forward, decode or all; not '%s'", what);
+        return fail(err, "bench measures linear, load, forward, decode, verbalize or all; not '%s'", what);
     }
     Loaded l = {0};
     int status;
     if (strcmp(what, "linear") == 0) {
         status = open_engine(&l.engine, s, err);
         status = status == 0 ? bench_linear(s, l.engine, err) : -1;
+    } else if (strcmp(what, "verbalize") == 0) {
+        status = open_engine(&l.engine, s, err);
+        status = status == 0 ? bench_verbalize(s, l.engine, err) : -1;
     } else {
         status = load_all(&l, s, false, err);
         if (status == 0 && (all || strcmp(what, "load") == 0)) {

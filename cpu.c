@@ -111,6 +111,23 @@ INLINE Vec vec_exp(Vec x) {
     return choose(x < -87.3f, splat(0), result);
 }
 
+/* ln x of positive normal numbers to about 1 ulp: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for ln m. */
+INLINE Vec vec_log(Vec x) {
+    VecInt bits = (VecInt)x - 0x3f3504f3; /* sqrt(1/2) */
+    Vec n = __builtin_convertvector(bits >> 23, Vec);
+    Vec m = (Vec)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f, square = m * m;
+    Vec p = splat(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    return p * m * square + n * -2.12194440e-4f - 0.5f * square + m + n * 0.693359375f;
+}
+
 INLINE size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* ------------------------------------------------------------------------------------------------ the engine's memory */
@@ -900,7 +917,45 @@ static void keep_top_p(float *weight, int V, float top_p) {
     free(sorted);
 }
 
-static void sample_row(const float *logits, int V, float temperature, int top_k, float top_p, double uniform, int *token,
+INLINE VecBits mix(VecBits h) {
+    h = (h ^ (h >> 16)) * 0x7feb352du;
+    h = (h ^ (h >> 15)) * 0x846ca68bu;
+    return h ^ (h >> 16);
+}
+
+/* Standard exponential numbers -ln(1 - u), one for each of LANES tokens from `first` on, keyed by (key, token). */
+INLINE Vec exponential(uint64_t key, int first) {
+    VecBits index = {0};
+    for (int i = 0; i < LANES; i++) {
+        index[i] = (uint32_t)(first + i);
+    }
+    VecBits h = mix(mix(index + (uint32_t)key) + (uint32_t)(key >> 32));
+    Vec u = __builtin_convertvector(h, Vec) * 0x1p-32f + 0x1p-33f;
+    Vec small = u * (1.0f + u * (0.5f + u * (0.33333333f + u * 0.25f))); /* where 1 - u would round away what counts */
+    Vec large = -vec_log(vec_max(1.0f - u, splat(0x1p-24f)));
+    return choose(u < 0.015625f, small, large);
+}
+
+/* Token i wins with probability weight[i] / sum: the largest weight[i] / exponential[i], the lower of equals. Unlike a walk
+ * along the sum of the weights, where rounding moves 50,000 borders at once, only a near tie of two can change the winner. */
+static int race(const float *weight, int V, uint64_t key) {
+    Vec best = splat(-1), place = {0};
+    for (int i = 0; i < V; i += LANES) { /* weights past V are 0 */
+        Vec score = load(weight + i) / exponential(key, i);
+        VecInt better = score > best;
+        place = choose(better, splat((float)(i / LANES)), place);
+        best = choose(better, score, best);
+    }
+    float largest = vec_largest(best);
+    int winner = V;
+    for (int i = 0; i < LANES; i++) {
+        int token = (int)place[i] * LANES + i;
+        winner = best[i] == largest && token < winner ? token : winner;
+    }
+    return winner;
+}
+
+static void sample_row(const float *logits, int V, float temperature, int top_k, float top_p, uint64_t key, int *token,
                        float *logprob) {
     int best = 0;
     for (int i = 1; i < V; i++) {
@@ -928,19 +983,7 @@ static void sample_row(const float *logits, int V, float temperature, int top_k,
         if (top_p < 1) {
             keep_top_p(weight, V, top_p);
         }
-        double kept = 0, so_far = 0;
-        for (int i = 0; i < V; i++) {
-            kept += (double)weight[i];
-        }
-        for (int i = 0; i < V; i++) {
-            so_far += (double)weight[i];
-            if (weight[i] > 0) {
-                *token = i; /* the last one with any weight, should rounding carry us past the end */
-                if (so_far > uniform * kept) {
-                    break;
-                }
-            }
-        }
+        *token = race(weight, V, key);
     }
     if (logprob) {
         *logprob = (logits[*token] - logits[best]) * inverse - (float)log(total);
@@ -949,10 +992,10 @@ static void sample_row(const float *logits, int V, float temperature, int top_k,
 }
 
 static void cpu_sample(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
-                       float top_p, const double *uniform) {
+                       float top_p, const uint64_t *key) {
 #pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (n > 1 && (double)n * V * 8 > WORTH_THREADS)
     for (int i = 0; i < n; i++) {
-        sample_row((const float *)logits + (size_t)i * (size_t)V, V, temperature, top_k, top_p, uniform ? uniform[i] : 0,
+        sample_row((const float *)logits + (size_t)i * (size_t)V, V, temperature, top_k, top_p, key ? key[i] : 0,
                    &token[i], logprob ? &logprob[i] : NULL);
     }
 }

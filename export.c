@@ -6,6 +6,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -323,4 +324,66 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
         status = save_sidecar(&s, sidecar, err);
     }
     return unstage(&s, status, err);
+}
+
+/* ------------------------------------------------------------------------------------------------ nla init */
+
+/* The length an injected vector gets when none is given: a round number a little above the mean norm of a dataset. */
+static int suggested_scale(const char *acts, int width, float *scale, Err *err) {
+    Dataset d;
+    if (dataset_open(&d, acts, err) != 0) {
+        return -1;
+    }
+    int status = d.d_model == width && d.n > 0 ? 0 : fail(err, "%s: holds %lld vectors of width %d, the model's width is %d", acts,
+                                                          (long long)d.n, d.d_model, width);
+    double total = 0;
+    float *v = xmalloc((size_t)width * sizeof(float));
+    for (int64_t i = 0; status == 0 && i < d.n; i++) {
+        dataset_vector(&d, i, v);
+        total += vector_norm(v, width);
+    }
+    double mean = total / (double)(d.n > 0 ? d.n : 1), unit = pow(10, floor(log10(mean > 0 ? mean : 1)) - 1);
+    *scale = (float)(ceil(mean * 1.02 / unit) * unit); /* two digits */
+    free(v);
+    dataset_close(&d);
+    return status == 0 && !(mean > 0 && isfinite(mean)) ? fail(err, "%s: the mean norm is %g", acts, mean) : status;
+}
+
+int run_init(const Settings *s, Err *err) {
+    Loaded l;
+    if (!s->av && !s->ar) {
+        return fail(err, "name what to make: --av DIR, --ar DIR or both");
+    }
+    if (load_all(&l, s, true, err) != 0) {
+        return -1;
+    }
+    int *layers = NULL, status = parse_layers(s->layers, &l.model.config, &layers, err);
+    if (status == 0 && arrlen(layers) != 1) {
+        status = fail(err, "--layer takes one layer here");
+    }
+    float scale = isnan(s->injection_scale) ? 0 : (float)s->injection_scale;
+    if (status == 0 && s->av && isnan(s->injection_scale)) {
+        status = s->acts ? suggested_scale(s->acts, l.model.config.hidden_size, &scale, err)
+                         : fail(err, "an AV needs a length for the injected vector: --injection-scale N (0: raw), or --acts "
+                                     "DIR to take it from captured activations");
+    }
+    for (int ar = 0; ar < 2 && status == 0; ar++) {
+        const char *dir = ar ? s->ar : s->av;
+        Yaml *sidecar;
+        if (!dir) {
+            continue;
+        }
+        status = sidecar_make(&sidecar, ar, l.tok, &l.model.config, s->model, layers[0], scale, err);
+        if (status == 0) {
+            status = ar ? ar_start(dir, &l.model, layers[0], sidecar, err) : av_start(dir, s->model, sidecar, err);
+            if (status == 0) {
+                note(s, "%s: %s start, layer %d, marker %s (%s)\n", dir, ar ? "AR" : "AV", layers[0],
+                     yaml_get(sidecar, "tokens.injection_char")->text, yaml_get(sidecar, "tokens.injection_token_id")->text);
+            }
+            yaml_free(sidecar);
+        }
+    }
+    arrfree(layers);
+    unload(&l);
+    return status;
 }

@@ -16,9 +16,13 @@
 
 /* ------------------------------------------------------------------------------------------------ decoding */
 
-double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
+uint64_t random_key(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
     uint64_t key[4] = {seed, a, b, c};
-    return (double)(XXH3_64bits(key, sizeof key) >> 11) * 0x1p-53;
+    return XXH3_64bits(key, sizeof key);
+}
+
+double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c) {
+    return (double)(random_key(seed, a, b, c) >> 11) * 0x1p-53;
 }
 
 int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *tap, Err *err) {
@@ -69,12 +73,12 @@ static void draw_tokens(void *context, Engine *e, const Act *logits, int first, 
     const Sampler *s = &d->how.sampler;
     int token[LOGIT_ROWS];
     float logprob[LOGIT_ROWS];
-    double uniform[LOGIT_ROWS] = {0};
+    uint64_t key[LOGIT_ROWS] = {0};
     for (int i = 0; i < n; i++) {
         const Sample *x = &d->sample[d->live[first + i]];
-        uniform[i] = random_uniform(s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
+        key[i] = random_key(s->seed, (uint64_t)x->row, (uint64_t)x->sample, (uint64_t)arrlen(x->ids));
     }
-    e->sample(e, token, logprob, logits, n, d->vocab_size, s->temperature, s->top_k, s->top_p, uniform);
+    e->sample(e, token, logprob, logits, n, d->vocab_size, s->temperature, s->top_k, s->top_p, key);
     for (int i = 0; i < n; i++) {
         take_token(d, &d->sample[d->live[first + i]], token[i], logprob[i]);
     }
@@ -149,7 +153,7 @@ double vector_norm(const float *v, int d) {
     return sqrt(squares);
 }
 
-static int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, Err *err) {
+int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, Err *err) {
     double length = vector_norm(v, d);
     if (!isfinite(length) || length == 0) {
         return fail(err, "activation of row %lld is %s; it cannot be injected", (long long)row, length == 0 ? "zero" : "not finite");

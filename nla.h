@@ -8,7 +8,8 @@
  *   E head width   F feed-forward width   V vocabulary   L layers (blocks)
  *
  * Every function that can fail takes an `Err *` last and returns 0 / a pointer on success, -1 / NULL on failure with
- * one line in err->msg: what, where, why, how to mend it. Nothing here prints, exits or aborts; only nla.c does.
+ * one line in err->msg: what, where, why, how to mend it. Nothing prints, exits or aborts but the
+ * commands (run_X) and main.
  * Memory: a function named X_open, X_load or X_new has a matching X_close or X_free that the caller calls. Arrays
  * whose comment says "stb" are stb_ds arrays (arrlen, arrput, arrfree).
  */
@@ -317,11 +318,12 @@ struct Engine {
     void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
 
     /* Draws one token a row from logits [n,V]: softmax(logits / temperature), cut to the top_k largest (0: all; ties at
-     * the border all stay), then to the smallest set that reaches top_p (1: all), in the order HF applies them; the draw
-     * is the inverse distribution function at uniform[i] in [0,1). Temperature 0 takes the lowest id among the largest.
+     * the border all stay), then to the smallest set that reaches top_p (1: all), in the order HF applies them. The draw
+     * is the token with the largest weight / -ln(1 - u), u uniform in (0,1) and keyed by (key[i], token): two engines whose logits
+     * differ by rounding draw the same token unless two are all but tied. Temperature 0 takes the lowest id among the largest.
      * logprob[i]: of the drawn token under the uncut softmax at this temperature (at 1 when it is 0). */
     void (*sample)(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
-                   float top_p, const double *uniform);
+                   float top_p, const uint64_t *key);
 };
 
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
@@ -433,7 +435,8 @@ typedef struct {
     uint64_t seed;
 } Sampler;
 
-/* A uniform number in [0,1) keyed by four integers (XXH3): a row's draw never depends on its neighbours. */
+/* A hash of four integers (XXH3), and a uniform number in [0,1) from it: a row's draw never depends on its neighbours. */
+uint64_t random_key(uint64_t seed, uint64_t a, uint64_t b, uint64_t c);
 double random_uniform(uint64_t seed, uint64_t a, uint64_t b, uint64_t c);
 
 /* ------------------------------------------------------------------------------------------------ data */
@@ -579,6 +582,8 @@ void verbalizer_close(Verbalizer *v);
  * an error that names its row. d is the caller's to free, also after an error. */
 int verbalize(Verbalizer *v, Decoder *d, const float *vectors, int n, int64_t first_row, int samples, const Decoding *how,
               Err *err);
+/* out = v scaled to length `scale` (0: as it is), the length taken in fp64; fails on a zero or non-finite v, naming the row. */
+int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, Err *err);
 /* What stands between <explanation> and </explanation>, trimmed; false when a tag is missing or nothing is there. */
 bool explanation_of(const char *text, size_t len, const char **start, size_t *n);
 
@@ -627,7 +632,7 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
 int report_explain(const char *path, const char *json, size_t len, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ the command layer
- * What nla.c, bench.c share: the settings a command line gives, and what most commands load. */
+ * What the commands share: the settings a command line gives, and what most commands load. */
 
 typedef struct {
     const char *command;
@@ -659,12 +664,18 @@ void note(const Settings *s, const char *format, ...) __attribute__((format(prin
  * when the fraction done (0 to 1) is known. `last` keeps when it spoke, zeroed by the caller; done: the closing line. */
 void progress(const Settings *s, double *last, double start, double count, const char *unit, double fraction, bool done);
 double now(void);                                                                          /* seconds */
+/* Text to ids (appended, stb): with --chat as a user message through the chat template. */
+int encode_prompt(const Loaded *l, const Settings *s, const char *text, size_t len, int **ids, Err *err);
 /* TEXT of the command line, standard input for "-", or --ids, as token ids (stb). */
 int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);
 
 /* Layers "3", "3,7,20" or "all" (stb); NULL means two thirds of the way up. */
 int parse_layers(const char *text, const Config *c, int **layers, Err *err);
 
+int run_capture(const Settings *s, Err *err);
+int run_init(const Settings *s, Err *err);
+int run_verbalize(const Settings *s, Err *err);
+int run_reconstruct(const Settings *s, Err *err);
 int run_dump(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
 int run_eval(const Settings *s, Err *err);
