@@ -49,7 +49,7 @@ static void ignore_logits(void *context, Engine *e, const Act *logits, int first
 
 static int dump_forward(Dump *d, const Loaded *l, const int *ids, int n, Err *err) {
     Forest f;
-    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, n, n, err) != 0) {
+    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, n, n, FORWARD, err) != 0) {
         return -1;
     }
     Batch b = {0};
@@ -168,7 +168,7 @@ static int bench_forward(const Settings *s, const Loaded *l, Err *err) {
     int total = 2048, length = s->max_length < total ? s->max_length : total;
     Forest f;
     Batch b = {0};
-    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, total + CACHE_ALIGN * (total / length + 1), total, err) != 0) {
+    if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, total + CACHE_ALIGN * (total / length + 1), total, FORWARD, err) != 0) {
         return -1;
     }
     LogitSink sink = {NULL, ignore_logits};
@@ -210,7 +210,7 @@ static int bench_decode(const Settings *s, const Loaded *l, Err *err) {
     Forest f;
     Batch b = {0};
     if (forest_open(&f, (Model *)&l->model, l->model.config.n_layers, PROMPT + CACHE_ALIGN + rows * (s->max_tokens + CACHE_ALIGN),
-                    rows > PROMPT ? rows : PROMPT, err) != 0) {
+                    rows > PROMPT ? rows : PROMPT, FORWARD, err) != 0) {
         return -1;
     }
     double *seconds = xcalloc((size_t)s->repeat, sizeof(double));
@@ -256,7 +256,7 @@ static int decode_each_alone(Verbalizer *v, Decoder *d, const float *vectors, in
     Forest f;
     Batch b = {0};
     float *scaled = xmalloc((size_t)D * sizeof(float));
-    if (forest_open(&f, &v->model, v->model.config.n_layers, length + d->how.max_tokens + 2 * CACHE_ALIGN, length, err) != 0) {
+    if (forest_open(&f, &v->model, v->model.config.n_layers, length + d->how.max_tokens + 2 * CACHE_ALIGN, length, FORWARD, err) != 0) {
         free(scaled);
         return -1;
     }

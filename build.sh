@@ -155,9 +155,9 @@ write_makefile() {
     if [ "$1" = release ]; then nla=nla; fi
     if is_x86 "$cc"; then engines="any avx2 avx512 avx512bf16"; else flags+=" -DNLA_ONLY_ANY"; fi
     for source in *.c; do
-        case $source in cpu.c | nla.c) ;; *) objects+=" $O/${source%.c}.o" ;; esac
+        case $source in cpu.c | cpu_backward.c | nla.c) ;; *) objects+=" $O/${source%.c}.o" ;; esac
     done
-    for source in $engines; do objects+=" $O/cpu_$source.o"; done
+    for source in $engines; do objects+=" $O/cpu_$source.o $O/cpu_backward_$source.o"; done
     for source in tests/test_*.c; do [ ! -f "$source" ] || tests+=" $O/${source%.c}.o"; done
     for source in tests/fuzz_*.c; do [ ! -f "$source" ] || fuzzers+=" $O/$(basename "$source" .c)"; done
     if [ -n "$nvcc" ]; then
@@ -195,12 +195,15 @@ $O/nla_no_main.o: nla.c $O/Makefile
 	@echo "  cc    \$@"
 	\$(CC) \$(CFLAGS) -DNLA_NO_MAIN -MMD -MP -c \$< -o \$@
 # cpu.c, once for each instruction set
-$O/cpu_avx2.o: ISA = $avx2
-$O/cpu_avx512.o: ISA = $avx512
-$O/cpu_avx512bf16.o: ISA = $avx512bf16
+$O/cpu_avx2.o $O/cpu_backward_avx2.o: ISA = $avx2
+$O/cpu_avx512.o $O/cpu_backward_avx512.o: ISA = $avx512
+$O/cpu_avx512bf16.o $O/cpu_backward_avx512bf16.o: ISA = $avx512bf16
+$O/cpu_backward_%.o: cpu_backward.c $O/Makefile
+	@echo "  cc    \$@"
+	\$(CC) \$(CFLAGS) \$(ISA) -DCPU_BACKWARD=cpu_backward_\$* -MMD -MP -c \$< -o \$@
 $O/cpu_%.o: cpu.c $O/Makefile
 	@echo "  cc    \$@"
-	\$(CC) \$(CFLAGS) \$(ISA) -DCPU_ENGINE=cpu_engine_\$* -MMD -MP -c \$< -o \$@
+	\$(CC) \$(CFLAGS) \$(ISA) -DCPU_ENGINE=cpu_engine_\$* -DCPU_BACKWARD=cpu_backward_\$* -MMD -MP -c \$< -o \$@
 $O/kernels.o: kernels.cu $O/Makefile
 	@echo "  nvcc  \$@"
 	$nvcc -std=c++17 -O3 -lineinfo --threads $jobs${gencode:-} -I. -DNLA_CUDA=1 \\
@@ -301,14 +304,14 @@ run_fuzzers() { # run_fuzzers SECONDS
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then not_ok "tests/fuzz.sh: exit status $status"; fi
 }
 
-# The linters read cpu.c twice: plain, and as its widest build.
+# The linters read cpu.c and cpu_backward.c twice: plain, and as their widest build.
 lint_files() {
     printf '%s\n' *.c
-    if is_x86 "$CC"; then echo cpu.c:widest; fi
+    if is_x86 "$CC"; then printf '%s\n' cpu.c:widest cpu_backward.c:widest; fi
 }
 lint_one() { # lint_one cppcheck|clang-tidy FILE[:widest]
-    local file=${2%:widest} flags=(-DCPU_ENGINE=cpu_engine_any -I.)
-    if [ "$file" != "$2" ]; then flags=(-DCPU_ENGINE=cpu_engine_avx512bf16 -I.); fi
+    local file=${2%:widest} flags=(-DCPU_ENGINE=cpu_engine_any -DCPU_BACKWARD=cpu_backward_any -I.)
+    if [ "$file" != "$2" ]; then flags=(-DCPU_ENGINE=cpu_engine_avx512bf16 -DCPU_BACKWARD=cpu_backward_avx512bf16 -I.); fi
     if [ "$1" = cppcheck ]; then # readdir is thread-safe for streams of one's own; readdir_r is deprecated
         if [ "$file" != "$2" ]; then
             flags+=(-D__AVX2__ -D__FMA__ -D__F16C__ -D__AVX512F__ -D__AVX512BW__ -D__AVX512DQ__ -D__AVX512VL__)

@@ -209,7 +209,7 @@ static int capture_corpus(Capture *c, const Loaded *l, const Settings *s, Err *e
         highest = c->layer[i] > highest ? c->layer[i] : highest;
     }
     if (status == 0) {
-        status = forest_open(&f, (Model *)&l->model, highest + 1, s->max_length, s->max_length, err);
+        status = forest_open(&f, (Model *)&l->model, highest + 1, s->max_length, s->max_length, FORWARD, err);
     }
     int64_t tokens = 0;
     double start = now(), spoke = 0;

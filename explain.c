@@ -83,7 +83,7 @@ static int read_text(Explain *x, Err *err) {
         Batch b = {0};
         Decoder d = {.how = {.max_tokens = x->s->reply, .sampler = {.top_p = 1}}, .eos = x->target.config.eos,
                      .vocab_size = x->target.config.vocab_size, .tok = x->tok};
-        status = forest_open(&f, &x->target, x->target.config.n_layers, n + x->s->reply + 2 * CACHE_ALIGN, n < 512 ? n : 512, err);
+        status = forest_open(&f, &x->target, x->target.config.n_layers, n + x->s->reply + 2 * CACHE_ALIGN, n < 512 ? n : 512, FORWARD, err);
         if (status == 0) {
             int root = n > 1 ? forest_add(&f, -1, n - 1, err) : -1;
             status = n > 1 ? feed(&f, &b, root, x->ids, n - 1, NULL, err) : 0;
@@ -120,7 +120,7 @@ static int capture_rungs(Explain *x, Err *err) {
     Forest f;
     Batch b = {0};
     Tap tap = {x, keep_rung};
-    if (forest_open(&f, &x->target, highest + 1, n, n, err) != 0) {
+    if (forest_open(&f, &x->target, highest + 1, n, n, FORWARD, err) != 0) {
         return -1;
     }
     int status = feed(&f, &b, forest_add(&f, -1, n, err), x->ids, n, &tap, err);

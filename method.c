@@ -212,7 +212,7 @@ static int prepare(Verbalizer *v, int vectors, int samples, int max_tokens, Err 
         return 0;
     }
     forest_close(&v->forest);
-    if (forest_open(&v->forest, &v->model, v->model.config.n_layers, rows, work, err) != 0) {
+    if (forest_open(&v->forest, &v->model, v->model.config.n_layers, rows, work, FORWARD, err) != 0) {
         return -1;
     }
     if (v->marker_at == 0) {
@@ -368,7 +368,7 @@ static int ar_prepare(Reconstructor *r, int longest, Err *err) {
         if (!r->last || !r->out) {
             return fail(err, "not enough memory to reconstruct %d texts at once", AR_TEXTS);
         }
-        if (forest_open(&r->forest, &r->model, r->model.config.n_layers, start + rows + CACHE_ALIGN * (AR_TEXTS + 1), rows, err) != 0) {
+        if (forest_open(&r->forest, &r->model, r->model.config.n_layers, start + rows + CACHE_ALIGN * (AR_TEXTS + 1), rows, FORWARD, err) != 0) {
             return -1;
         }
         arrsetlen(r->end_row, 0);

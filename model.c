@@ -631,32 +631,104 @@ static void fill_rope(const Rope *rope, float *cosines, float *sines, int positi
 
 /* ------------------------------------------------------------------------------------------------ the forest */
 
-/* Every buffer of a forest, in one list, so that what is planned is what is allocated. Returns bytes; allocates when
- * `f` has an engine to do it (f->model), and stops at the first failure with *failed set. */
-static size_t forest_buffers(Forest *f, const Config *c, int blocks, int cache_rows, int max_rows, bool *failed) {
-    Engine *e = f && f->model ? f->model->engine : NULL;
-    size_t E = (size_t)c->head_dim, N = (size_t)max_rows, D = (size_t)c->hidden_size, F = (size_t)c->ff_size;
-    size_t Q = (size_t)c->n_heads * E, KV = (size_t)c->n_kv_heads * E, rows = (size_t)cache_rows, total = 0;
-    struct {
-        Act **place;
-        size_t count;
-    } work[] = {
-        {f ? &f->x : NULL, N * D},       {f ? &f->xn : NULL, N * D},          {f ? &f->qkv : NULL, N * (Q + 2 * KV)},
-        {f ? &f->q : NULL, N * Q},       {f ? &f->att : NULL, N * Q},         {f ? &f->proj : NULL, N * D},
-        {f ? &f->gate_up : NULL, N * 2 * F}, {f ? &f->gated : NULL, N * F},
-        {f ? &f->logits : NULL, (size_t)(max_rows < LOGIT_ROWS ? max_rows : LOGIT_ROWS) * (size_t)c->vocab_size},
-    };
-    for (size_t i = 0; i < sizeof work / sizeof *work + 2 * (size_t)blocks; i++) {
-        size_t n = sizeof work / sizeof *work;
-        size_t count = i < n ? work[i].count : rows * KV;
-        total += count * sizeof(float);
-        if (e && !*failed) {
-            Act **place = i < n ? work[i].place : (i - n) % 2 ? &f->v[(i - n) / 2] : &f->k[(i - n) / 2];
-            *place = e->alloc(e, count);
-            *failed = !*place;
+/* Every buffer of a forest is asked for here, so that what is planned is what is allocated: without an engine, bytes are
+ * counted and nothing is made. */
+typedef struct {
+    Forest *forest;
+    Engine *engine;
+    size_t bytes;
+    bool failed;
+} Buffers;
+
+static void want(Buffers *b, Act **place, size_t count) {
+    b->bytes += count * sizeof(float);
+    if (b->engine && !b->failed) {
+        *place = b->engine->alloc(b->engine, count);
+        b->failed = !*place;
+        arrput(b->forest->memory, *place);
+    }
+}
+
+/* What a block keeps for the way back. When it is recomputed all blocks share one set but for the stream. */
+static void want_kept(Buffers *b, const Config *c, bool recompute) {
+    Forest *f = b->forest;
+    size_t E = (size_t)c->head_dim, N = (size_t)f->max_rows, D = (size_t)c->hidden_size, F = (size_t)c->ff_size;
+    size_t Q = (size_t)c->n_heads * E, KV = (size_t)c->n_kv_heads * E;
+    for (int i = 0; i <= f->blocks; i++) {
+        Kept *k = &f->kept[i];
+        want(b, &k->in, N * D);
+        if (i == f->blocks) {
+            break;
+        }
+        if (recompute && i > 0) {
+            Act *in = k->in;
+            *k = f->kept[0];
+            k->in = in;
+            continue;
+        }
+        want(b, &k->qkv, N * (Q + 2 * KV));
+        want(b, &k->att, N * Q);
+        want(b, &k->lse, N * (size_t)c->n_heads);
+        want(b, &k->mid, N * D);
+        want(b, &k->gate_up, N * 2 * F);
+        k->attn_out = k->mlp_out = f->proj;
+        if (c->post_norms) {
+            want(b, &k->attn_out, N * D);
+            want(b, &k->mlp_out, N * D);
         }
     }
-    return total + 2 * 2 * rows * (E / 2) * sizeof(float) + 2 * N * sizeof(int);
+    want(b, &f->dx, N * D);
+    want(b, &f->dxn, N * D);
+    want(b, &f->dproj, N * D);
+    want(b, &f->dgated, N * F);
+    want(b, &f->dgate_up, N * 2 * F);
+    want(b, &f->dqkv, N * (Q + 2 * KV));
+    want(b, &f->dq, N * Q);
+    want(b, &f->datt, N * Q);
+    want(b, &f->dk, N * KV);
+    want(b, &f->dv, N * KV);
+}
+
+/* The widest low-rank product of the model's adapters; 0 without any. */
+static size_t lora_width(const Model *m) {
+    int width = 0;
+    for (int i = 0; m && i < m->config.n_layers; i++) {
+        const Linear *const stack[] = {&m->block[i].qkv, &m->block[i].o, &m->block[i].gate_up, &m->block[i].down};
+        for (int j = 0; j < 4; j++) {
+            width = stack[j]->lora && stack[j]->lora->down.out > width ? stack[j]->lora->down.out : width;
+        }
+    }
+    return (size_t)width;
+}
+
+static void want_all(Buffers *b, const Config *c, Passes passes) {
+    Forest *f = b->forest;
+    size_t E = (size_t)c->head_dim, N = (size_t)f->max_rows, D = (size_t)c->hidden_size, F = (size_t)c->ff_size;
+    size_t Q = (size_t)c->n_heads * E, KV = (size_t)c->n_kv_heads * E, rows = (size_t)f->cache_rows, low = lora_width(f->model);
+    for (int i = 0; i < f->blocks; i++) {
+        want(b, &f->k[i], rows * KV);
+        want(b, &f->v[i], rows * KV);
+    }
+    want(b, &f->xn, N * D);
+    want(b, &f->q, N * Q);
+    want(b, &f->proj, N * D);
+    want(b, &f->gated, N * F);
+    want(b, &f->logits, (size_t)(f->max_rows < LOGIT_ROWS ? f->max_rows : LOGIT_ROWS) * (size_t)c->vocab_size);
+    if (low) {
+        want(b, &f->low, N * low);
+    }
+    if (passes == FORWARD) { /* every block writes over the one before */
+        want(b, &f->x, N * D);
+        want(b, &f->qkv, N * (Q + 2 * KV));
+        want(b, &f->att, N * Q);
+        want(b, &f->gate_up, N * 2 * F);
+    } else {
+        want_kept(b, c, passes == TRAINING_RECOMPUTED);
+        if (low) {
+            want(b, &f->dlow, N * low);
+        }
+    }
+    b->bytes += 2 * 2 * rows * (E / 2) * sizeof(float) + 2 * N * sizeof(int); /* RoPE's tables; places of the rows */
 }
 
 /* What forest_add can use of cache_rows is rounded to whole key blocks. */
@@ -664,19 +736,32 @@ static int whole_blocks(int rows) {
     return (rows + CACHE_ALIGN - 1) / CACHE_ALIGN * CACHE_ALIGN;
 }
 
-size_t forest_bytes(const Config *c, int blocks, int cache_rows, int max_rows) {
-    bool failed = false;
-    return forest_buffers(NULL, c, blocks, whole_blocks(cache_rows), max_rows, &failed);
+static size_t forest_buffers(Forest *f, const Config *c, Engine *e, Passes passes, bool *failed) {
+    f->k = xcalloc((size_t)f->blocks + 1, sizeof(Act *));
+    f->v = xcalloc((size_t)f->blocks + 1, sizeof(Act *));
+    f->kept = passes == FORWARD ? NULL : xcalloc((size_t)f->blocks + 1, sizeof(Kept));
+    Buffers b = {.forest = f, .engine = e};
+    want_all(&b, c, passes);
+    *failed = b.failed;
+    return b.bytes;
 }
 
-int forest_open(Forest *f, Model *model, int blocks, int cache_rows, int max_rows, Err *err) {
+size_t forest_bytes(const Config *c, int blocks, int cache_rows, int max_rows, Passes passes) {
+    Forest f = {.blocks = blocks, .cache_rows = whole_blocks(cache_rows), .max_rows = max_rows};
+    bool failed;
+    size_t bytes = forest_buffers(&f, c, NULL, passes, &failed);
+    free(f.k);
+    free(f.v);
+    free(f.kept);
+    return bytes;
+}
+
+int forest_open(Forest *f, Model *model, int blocks, int cache_rows, int max_rows, Passes passes, Err *err) {
     const Config *c = &model->config;
     cache_rows = whole_blocks(cache_rows);
     *f = (Forest){.model = model, .blocks = blocks, .cache_rows = cache_rows, .max_rows = max_rows, .n_positions = cache_rows};
-    f->k = xcalloc((size_t)blocks + 1, sizeof(Act *));
-    f->v = xcalloc((size_t)blocks + 1, sizeof(Act *));
-    bool failed = false;
-    f->bytes = forest_buffers(f, c, blocks, cache_rows, max_rows, &failed);
+    bool failed;
+    f->bytes = forest_buffers(f, c, model->engine, passes, &failed);
     if (failed) {
         fail(err, "not enough memory: %.2f GB for %d cached and %d computed tokens; ask for fewer rows or shorter texts",
              (double)f->bytes / 1e9, cache_rows, max_rows);
@@ -699,20 +784,17 @@ void forest_close(Forest *f) {
         return;
     }
     Engine *e = f->model->engine;
-    Act *const work[] = {f->x, f->xn, f->qkv, f->q, f->att, f->proj, f->gate_up, f->gated, f->logits};
-    for (size_t i = 0; i < sizeof work / sizeof *work; i++) {
-        e->free(e, work[i]);
+    for (int i = 0; i < (int)arrlen(f->memory); i++) {
+        e->free(e, f->memory[i]);
     }
-    for (int i = 0; i < f->blocks; i++) {
-        e->free(e, f->k[i]);
-        e->free(e, f->v[i]);
-    }
+    arrfree(f->memory);
     for (int i = 0; i < 2; i++) {
         free(f->cos[i]);
         free(f->sin[i]);
     }
     free(f->k);
     free(f->v);
+    free(f->kept);
     free(f->position);
     free(f->cache_row);
     arrfree(f->segment);
@@ -797,6 +879,9 @@ static int check_batch(const Forest *f, const Batch *b, const LogitSink *logits,
     }
     for (int r = 0; r < (int)arrlen(b->run); r++) {
         const Segment *s = &f->segment[b->run[r].seg];
+        if (f->kept && b->run[r].first > 0) {
+            return fail(err, "segment %d: training takes whole segments, not one that goes on in another batch", b->run[r].seg);
+        }
         if (b->run[r].first + b->run[r].n > s->cap) {
             return fail(err, "segment %d has room for %d tokens, %d were given", b->run[r].seg, s->cap,
                         b->run[r].first + b->run[r].n);
@@ -832,40 +917,71 @@ static void seen(const Tap *tap, Engine *e, const char *module, int layer, const
     }
 }
 
-/* x += attention(norm(x)); x += mlp(norm(x)). Gemma norms both results once more before adding them. */
+/* Where block `layer` writes: its own memory when there is a way back, one place for all blocks when there is none. */
+static Kept kept(const Forest *f, int layer) {
+    return f->kept ? f->kept[layer]
+                   : (Kept){.in = f->x, .qkv = f->qkv, .att = f->att, .attn_out = f->proj, .mid = f->x, .gate_up = f->gate_up,
+                            .mlp_out = f->proj};
+}
+
+static Act *stream_after(const Forest *f, int layer) {
+    return f->kept ? f->kept[layer + 1].in : f->x;
+}
+
+/* out = x W^T + b, and what the adapters add. */
+static void linear(const Forest *f, Act *out, const Act *x, const Linear *w, int N) {
+    Engine *e = f->model->engine;
+    e->linear(e, out, x, w, N);
+    if (w->lora) {
+        e->linear(e, f->low, x, &w->lora->down, N);
+        e->lora_up(e, out, f->low, w, N);
+    }
+}
+
+static void rope_qkv(const Forest *f, const Kept *k, int layer, int N) {
+    const Config *c = &f->model->config;
+    const Block *w = &f->model->block[layer];
+    Engine *e = f->model->engine;
+    int rope = c->layer[layer].rope;
+    e->rope_qkv(e, f->q, f->k[layer], f->v[layer], k->qkv, c->qk_norm ? &w->q_norm : NULL, c->qk_norm ? &w->k_norm : NULL,
+                c->rms_norm_eps, c->norm_plus_one, f->cos[rope], f->sin[rope], f->position, f->cache_row, N, c->n_heads,
+                c->n_kv_heads, c->head_dim);
+}
+
+/* mid = in + attention(norm(in)); out = mid + mlp(norm(mid)). Gemma norms both results once more before adding them. */
 static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) {
     const Model *m = f->model;
     const Config *c = &m->config;
     const Block *w = &m->block[layer];
-    const LayerKind *kind = &c->layer[layer];
+    const Kept k = kept(f, layer);
     Engine *e = m->engine;
-    int N = (int)arrlen(b->token), D = c->hidden_size, H = c->n_heads, G = c->n_kv_heads, E = c->head_dim;
-    int one = c->norm_plus_one;
+    int N = (int)arrlen(b->token), D = c->hidden_size, one = c->norm_plus_one;
+    size_t count = (size_t)N * (size_t)D;
     float eps = c->rms_norm_eps;
+    Act *out = stream_after(f, layer);
 
-    e->rmsnorm(e, f->xn, f->x, &w->attn_in_norm, N, D, eps, one);
-    e->linear(e, f->qkv, f->xn, &w->qkv, N);
-    e->rope_qkv(e, f->q, f->k[layer], f->v[layer], f->qkv, c->qk_norm ? &w->q_norm : NULL, c->qk_norm ? &w->k_norm : NULL,
-                eps, one, f->cos[kind->rope], f->sin[kind->rope], f->position, f->cache_row, N, H, G, E);
-    e->attention(e, f->att, f->q, f->k[layer], f->v[layer], f->segment, b->run, (int)arrlen(b->run), H, G, E,
-                 c->attn_scale, kind->window);
-    e->linear(e, f->proj, f->att, &w->o, N);
-    seen(tap, e, "self_attn", layer, f->proj, 0, N, D);
+    e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    linear(f, k.qkv, f->xn, &w->qkv, N);
+    rope_qkv(f, &k, layer, N);
+    e->attention(e, k.att, k.lse, f->q, f->k[layer], f->v[layer], f->segment, b->run, (int)arrlen(b->run), c->n_heads, c->n_kv_heads,
+                 c->head_dim, c->attn_scale, c->layer[layer].window);
+    linear(f, k.attn_out, k.att, &w->o, N);
+    seen(tap, e, "self_attn", layer, k.attn_out, 0, N, D);
     if (c->post_norms) {
-        e->rmsnorm(e, f->proj, f->proj, &w->attn_out_norm, N, D, eps, one);
+        e->rmsnorm(e, f->proj, k.attn_out, &w->attn_out_norm, N, D, eps, one);
     }
-    e->add(e, f->x, f->proj, (size_t)N * (size_t)D);
+    e->add(e, k.mid, k.in, f->proj, count);
 
-    e->rmsnorm(e, f->xn, f->x, &w->mlp_in_norm, N, D, eps, one);
-    e->linear(e, f->gate_up, f->xn, &w->gate_up, N);
-    e->gated(e, f->gated, f->gate_up, N, c->ff_size, c->gelu);
-    e->linear(e, f->proj, f->gated, &w->down, N);
-    seen(tap, e, "mlp", layer, f->proj, 0, N, D);
+    e->rmsnorm(e, f->xn, k.mid, &w->mlp_in_norm, N, D, eps, one);
+    linear(f, k.gate_up, f->xn, &w->gate_up, N);
+    e->gated(e, f->gated, k.gate_up, N, c->ff_size, c->gelu);
+    linear(f, k.mlp_out, f->gated, &w->down, N);
+    seen(tap, e, "mlp", layer, k.mlp_out, 0, N, D);
     if (c->post_norms) {
-        e->rmsnorm(e, f->proj, f->proj, &w->mlp_out_norm, N, D, eps, one);
+        e->rmsnorm(e, f->proj, k.mlp_out, &w->mlp_out_norm, N, D, eps, one);
     }
-    e->add(e, f->x, f->proj, (size_t)N * (size_t)D);
-    seen(tap, e, "", layer, f->x, 0, N, D);
+    e->add(e, out, k.mid, f->proj, count);
+    seen(tap, e, "", layer, out, 0, N, D);
 }
 
 /* Final norm and lm_head of the wanted rows, LOGIT_ROWS at a time. */
@@ -874,9 +990,10 @@ static void forward_logits(Forest *f, const Batch *b, const LogitSink *logits, c
     const Config *c = &m->config;
     Engine *e = m->engine;
     int D = c->hidden_size, wanted = (int)arrlen(b->out_row);
+    const Act *x = stream_after(f, f->blocks - 1);
     for (int first = 0; first < wanted; first += LOGIT_ROWS) {
         int n = wanted - first < LOGIT_ROWS ? wanted - first : LOGIT_ROWS;
-        e->gather(e, f->xn, f->x, b->out_row + first, n, D);
+        e->gather(e, f->xn, x, b->out_row + first, n, D);
         e->rmsnorm(e, f->xn, f->xn, &m->final_norm, n, D, c->rms_norm_eps, c->norm_plus_one);
         seen(tap, e, "model.norm", -1, f->xn, first, n, D);
         e->linear(e, f->logits, f->xn, &m->lm_head, n);
@@ -893,11 +1010,12 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
         return -1;
     }
     place_rows(f, b);
-    e->embed(e, f->x, &m->embed, b->token, N, D, m->config.embed_scale);
+    Act *x = kept(f, 0).in;
+    e->embed(e, x, &m->embed, b->token, N, D, m->config.embed_scale);
     for (int i = 0; i < (int)arrlen(b->inject); i++) {
-        e->write(e, f->x, (size_t)b->inject[i].row * (size_t)D, b->inject[i].vector, (size_t)D);
+        e->write(e, x, (size_t)b->inject[i].row * (size_t)D, b->inject[i].vector, (size_t)D);
     }
-    seen(tap, e, "model.embed_tokens", -1, f->x, 0, N, D);
+    seen(tap, e, "model.embed_tokens", -1, x, 0, N, D);
     for (int layer = 0; layer < f->blocks; layer++) {
         forward_block(f, b, layer, tap);
     }
@@ -905,4 +1023,100 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
         forward_logits(f, b, logits, tap);
     }
     return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ the way back */
+
+/* dw += dy^T x; dx (+)= dy W; and the same of the adapters. */
+static void linear_backward(const Forest *f, Act *dx, const Act *dy, const Act *x, const Linear *w, const Linear *dw, int N) {
+    Engine *e = f->model->engine;
+    e->linear_weight_backward(e, dw, dy, x, N);
+    e->linear_backward(e, dx, dy, w, N, false);
+    if (w->lora) {
+        e->linear(e, f->low, x, &w->lora->down, N);
+        e->lora_up_backward(e, f->dlow, dw->lora, dy, f->low, w, N);
+        e->linear_weight_backward(e, &dw->lora->down, f->dlow, x, N);
+        e->linear_backward(e, dx, f->dlow, &w->lora->down, N, true);
+    }
+}
+
+/* forward_block from its last line to its first. f->dx is the gradient of its output, then of its input. What is cheap to
+ * compute again (norms, the gate, the rotation) was not kept. */
+static void backward_block(Forest *f, const Batch *b, int layer, const Model *grad) {
+    const Model *m = f->model;
+    const Config *c = &m->config;
+    const Block *w = &m->block[layer], *dw = &grad->block[layer];
+    const Kept k = kept(f, layer);
+    Engine *e = m->engine;
+    int N = (int)arrlen(b->token), D = c->hidden_size, H = c->n_heads, G = c->n_kv_heads, E = c->head_dim, one = c->norm_plus_one;
+    int rope = c->layer[layer].rope;
+    float eps = c->rms_norm_eps;
+    const Act *dproj = f->dx;
+
+    if (c->post_norms) {
+        e->rmsnorm_backward(e, f->dproj, &dw->mlp_out_norm, f->dx, k.mlp_out, &w->mlp_out_norm, N, D, eps, one, false);
+        dproj = f->dproj;
+    }
+    e->gated(e, f->gated, k.gate_up, N, c->ff_size, c->gelu);
+    linear_backward(f, f->dgated, dproj, f->gated, &w->down, &dw->down, N);
+    e->gated_backward(e, f->dgate_up, f->dgated, k.gate_up, N, c->ff_size, c->gelu);
+    e->rmsnorm(e, f->xn, k.mid, &w->mlp_in_norm, N, D, eps, one);
+    linear_backward(f, f->dxn, f->dgate_up, f->xn, &w->gate_up, &dw->gate_up, N);
+    e->rmsnorm_backward(e, f->dx, &dw->mlp_in_norm, f->dxn, k.mid, &w->mlp_in_norm, N, D, eps, one, true);
+
+    if (c->post_norms) {
+        e->rmsnorm_backward(e, f->dproj, &dw->attn_out_norm, f->dx, k.attn_out, &w->attn_out_norm, N, D, eps, one, false);
+    }
+    linear_backward(f, f->datt, dproj, k.att, &w->o, &dw->o, N);
+    rope_qkv(f, &k, layer, N);
+    e->attention_backward(e, f->dq, f->dk, f->dv, f->datt, k.att, k.lse, f->q, f->k[layer], f->v[layer], f->segment, b->run,
+                          (int)arrlen(b->run), H, G, E, c->attn_scale, c->layer[layer].window);
+    e->rope_qkv_backward(e, f->dqkv, &dw->q_norm, &dw->k_norm, f->dq, f->dk, f->dv, k.qkv, c->qk_norm ? &w->q_norm : NULL,
+                         c->qk_norm ? &w->k_norm : NULL, eps, one, f->cos[rope], f->sin[rope], f->position, N, H, G, E);
+    e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    linear_backward(f, f->dxn, f->dqkv, f->xn, &w->qkv, &dw->qkv, N);
+    e->rmsnorm_backward(e, f->dx, &dw->attn_in_norm, f->dxn, k.in, &w->attn_in_norm, N, D, eps, one, true);
+}
+
+void model_token_loss(Forest *f, const Batch *b, const int *target, const TokenLoss *loss, const Model *grad) {
+    const Model *m = f->model;
+    const Config *c = &m->config;
+    Engine *e = m->engine;
+    int N = (int)arrlen(b->token), D = c->hidden_size, wanted = (int)arrlen(b->out_row);
+    float logp[LOGIT_ROWS], dlogp[LOGIT_ROWS];
+    e->zero(e, f->dx, (size_t)N * (size_t)D);
+    for (int first = 0; first < wanted; first += LOGIT_ROWS) {
+        int n = wanted - first < LOGIT_ROWS ? wanted - first : LOGIT_ROWS;
+        e->gather(e, f->proj, stream_after(f, f->blocks - 1), b->out_row + first, n, D);
+        e->rmsnorm(e, f->xn, f->proj, &m->final_norm, n, D, c->rms_norm_eps, c->norm_plus_one);
+        e->linear(e, f->logits, f->xn, &m->lm_head, n);
+        e->token_logprob(e, logp, f->logits, target + first, n, c->vocab_size);
+        loss->tokens(loss->context, logp, dlogp, first, n);
+        e->token_logprob_backward(e, f->logits, logp, dlogp, target + first, n, c->vocab_size);
+        e->linear_weight_backward(e, &grad->lm_head, f->logits, f->xn, n);
+        e->linear_backward(e, f->dxn, f->logits, &m->lm_head, n, false);
+        e->rmsnorm_backward(e, f->dxn, &grad->final_norm, f->dxn, f->proj, &m->final_norm, n, D, c->rms_norm_eps, c->norm_plus_one, false);
+        e->scatter(e, f->dx, f->dxn, b->out_row + first, n, D);
+    }
+}
+
+void model_backward(Forest *f, const Batch *b, const Model *grad) {
+    const Model *m = f->model;
+    Engine *e = m->engine;
+    int N = (int)arrlen(b->token);
+    for (int layer = f->blocks - 1; layer >= 0; layer--) {
+        if (layer < f->blocks - 1 && f->kept[layer].qkv == f->kept[layer + 1].qkv) { /* shared: written over since */
+            forward_block(f, b, layer, NULL);
+        }
+        backward_block(f, b, layer, grad);
+    }
+    if (grad->embed.data) {
+        int *token = xmalloc((size_t)N * sizeof(int));
+        memcpy(token, b->token, (size_t)N * sizeof(int));
+        for (int i = 0; i < (int)arrlen(b->inject); i++) {
+            token[b->inject[i].row] = -1;
+        }
+        e->embed_backward(e, &grad->embed, f->dx, token, N, m->config.hidden_size, m->config.embed_scale);
+        free(token);
+    }
 }

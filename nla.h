@@ -265,12 +265,27 @@ typedef struct {
 typedef void Act;
 
 /* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
-typedef struct {
+typedef struct Linear Linear;
+typedef struct Lora Lora;
+struct Linear {
     int n;        /* matrices in the stack, 1 to 3 */
     Tensor w[3];  /* [O_i, I] */
     Tensor b[3];  /* [O_i], data NULL when there is none */
     int in, out;  /* I, sum of O_i */
-} Linear;
+    Lora *lora;   /* NULL: none */
+};
+
+/* Low-rank adapters of the matrices of a stack: y_i += scale * up_i (down_i x). */
+struct Lora {
+    Linear down; /* the adapted matrices' [R, I] as one stack, in order */
+    Tensor up[3]; /* [O_i, R]; data NULL where a matrix has no adapter */
+    int rank;
+    float scale;
+};
+
+typedef struct {
+    float beta1, beta2, eps, decay;
+} AdamW;
 
 typedef struct Engine Engine;
 struct Engine {
@@ -306,14 +321,15 @@ struct Engine {
                      const int *cache_row, int N, int H, int G, int E);
 
     /* out[n,h,:] = sum_j softmax_j(scale * q[n,h,:] . k[j,g,:]) v[j,g,:], g = h / (H/G), j over the tokens of the row's
-     * ancestors and its own segment up to itself, and i - j < window when window > 0.   out, q [N, H*E] */
-    void (*attention)(Engine *e, Act *out, const Act *q, const Act *k, const Act *v, const Segment *segment,
+     * ancestors and its own segment up to itself, and i - j < window when window > 0.   out, q [N, H*E]
+     * lse [N,H] (NULL: not wanted): ln of the softmax's denominator, which the gradient needs. */
+    void (*attention)(Engine *e, Act *out, Act *lse, const Act *q, const Act *k, const Act *v, const Segment *segment,
                       const Run *run, int n_runs, int H, int G, int E, float scale, int window);
 
     /* out[n,f] = act(gate[n,f]) * up[n,f], act = silu or gelu_tanh                     gate_up [N,2F] -> out [N,F] */
     void (*gated)(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu);
 
-    void (*add)(Engine *e, Act *x, const Act *y, size_t count); /* x += y */
+    void (*add)(Engine *e, Act *out, const Act *x, const Act *y, size_t count); /* out = x + y; out may be either */
 
     void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
 
@@ -324,6 +340,54 @@ struct Engine {
      * logprob[i]: of the drawn token under the uncut softmax at this temperature (at 1 when it is 0). */
     void (*sample)(Engine *e, int *token, float *logprob, const Act *logits, int n, int V, float temperature, int top_k,
                    float top_p, const uint64_t *key);
+
+    /* ---- gradients. dX is the gradient of the loss with respect to X. Gradients of weights (dw: F32, data NULL = does not
+     * train) are added to what is there, as segments and microbatches share them; gradients of activations are written,
+     * or added where it says so. Every sum has one fixed order: no atomics, the same bits on any number of threads. */
+
+    void (*zero)(Engine *e, Act *x, size_t count);
+    void (*scatter)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[row[i],:] = x[i,:] */
+
+    /* dtable[token[n],:] += scale * dx[n,:], rows with token -1 (injected) left out */
+    void (*embed_backward)(Engine *e, const Tensor *dtable, const Act *dx, const int *token, int N, int D, float scale);
+
+    /* dx (+)= r (w dy - x r^2 mean(w dy x)), r = 1 / sqrt(mean x^2 + eps), w with plus_one added; dw += sum_n dy x r.
+     * dx may be dy when it is not added to. */
+    void (*rmsnorm_backward)(Engine *e, Act *dx, const Tensor *dw, const Act *dy, const Act *x, const Tensor *w, int N, int D,
+                             float eps, int plus_one, bool add);
+
+    /* dx (+)= dy W, W the stack;   dw_i += dy_i^T x, db_i += sum_n dy_i                dx [N,I], dy [N,O] */
+    void (*linear_backward)(Engine *e, Act *dx, const Act *dy, const Linear *w, int N, bool add);
+    void (*linear_weight_backward)(Engine *e, const Linear *dw, const Act *dy, const Act *x, int N);
+
+    /* y_i += scale * t_i up_i^T, t [N, R a adapted matrix] = down x;   dt_i = scale * dy_i up_i, dup_i += scale * dy_i^T t_i */
+    void (*lora_up)(Engine *e, Act *y, const Act *t, const Linear *w, int N);
+    void (*lora_up_backward)(Engine *e, Act *dt, const Lora *dlora, const Act *dy, const Act *t, const Linear *w, int N);
+
+    /* The way back through rope_qkv: dq [N,H*E], dk, dv [N,G*E] (rows of the batch, not of the cache) -> dqkv. */
+    void (*rope_qkv_backward)(Engine *e, Act *dqkv, const Tensor *dq_norm, const Tensor *dk_norm, const Act *dq, const Act *dk,
+                              const Act *dv, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm, float eps,
+                              int plus_one, const float *cos, const float *sin, const int *position, int N, int H, int G, int E);
+
+    /* dq [N,H*E], dk and dv [N,G*E] of attention over segments whose every token is in this batch; a shared segment's dk and
+     * dv sum over all its descendants. P_ij = exp(s_ij - lse_i), dS = P (dout . v_j - dout . out). */
+    void (*attention_backward)(Engine *e, Act *dq, Act *dk, Act *dv, const Act *dout, const Act *out, const Act *lse, const Act *q,
+                               const Act *k, const Act *v, const Segment *segment, const Run *run, int n_runs, int H, int G,
+                               int E, float scale, int window);
+
+    void (*gated_backward)(Engine *e, Act *dgate_up, const Act *dout, const Act *gate_up, int N, int F, bool gelu);
+
+    /* logp[i] = log softmax(logits[i,:])[target[i]]; and its gradient, in the logits' place: dlogits = dlogp (onehot - softmax) */
+    void (*token_logprob)(Engine *e, float *logp, const Act *logits, const int *target, int n, int V);
+    void (*token_logprob_backward)(Engine *e, Act *logits, const float *logp, const float *dlogp, const int *target, int n, int V);
+
+    double (*sum_squares)(Engine *e, const Act *x, size_t count);
+
+    /* One AdamW step over flat memory: g scaled by `g_scale` (clipping), m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2,
+     * w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w). Moments F32, or BF16 rounded stochastically by numbers
+     * keyed by (key, element). Source: torch.optim.AdamW. */
+    void (*adamw)(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
+                  int64_t step, float g_scale, uint64_t key);
 };
 
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
@@ -357,7 +421,15 @@ int model_load(Model *model, const char *dir, Engine *engine, Err *err);
 void model_free(Model *model);
 size_t model_parameters(const Model *model);
 
-/* Key/value cache and working memory for forward passes over one forest. */
+typedef enum { FORWARD, TRAINING, TRAINING_RECOMPUTED } Passes;
+
+/* What a training pass keeps of a block for the way back: the stream into it and after its attention, and what its products
+ * gave ([N, ...]; attn_out and mlp_out only where norms follow them). */
+typedef struct {
+    Act *in, *qkv, *att, *lse, *attn_out, *mid, *gate_up, *mlp_out;
+} Kept;
+
+/* Key/value cache and working memory for passes over one forest. */
 typedef struct {
     Model *model;
     int blocks;             /* how many blocks are run: L, or K+1 when only the residual stream at K is wanted */
@@ -367,8 +439,11 @@ typedef struct {
     Act **k, **v;           /* [blocks], each [cache_rows, G*E]; segments start at multiples of CACHE_ALIGN rows */
     float *cos[2], *sin[2]; /* [max position, E/2] for global and local RoPE */
     int n_positions;
-    Act *x, *xn, *qkv, *q, *att, *proj, *gate_up, *gated; /* [max_rows, ...] */
+    Act *x, *xn, *qkv, *q, *att, *proj, *gate_up, *gated, *low; /* [max_rows, ...] */
     Act *logits;            /* [LOGIT_ROWS, V] */
+    Kept *kept;             /* [blocks + 1], of the last only `in`: the stream at the end. NULL: there is no way back */
+    Act *dx, *dxn, *dproj, *dgated, *dgate_up, *dqkv, *dq, *datt, *dk, *dv, *dlow;
+    Act **memory;           /* stb: all of them */
     int *position, *cache_row;
     size_t bytes;           /* all of the above */
 } Forest;
@@ -379,14 +454,15 @@ enum {
     MAX_DEPTH = 64    /* ancestors of a segment, itself included */
 };
 
-/* A forest of up to cache_rows tokens in all, batches of up to max_rows, running blocks 0..blocks-1. */
-int forest_open(Forest *forest, Model *model, int blocks, int cache_rows, int max_rows, Err *err);
+/* A forest of up to cache_rows tokens in all, batches of up to max_rows, running blocks 0..blocks-1. With TRAINING every block
+ * keeps what its gradient needs, with TRAINING_RECOMPUTED only the stream: each block then runs once more on the way back. */
+int forest_open(Forest *forest, Model *model, int blocks, int cache_rows, int max_rows, Passes passes, Err *err);
 void forest_close(Forest *forest);
 void forest_cut(Forest *forest, int segments); /* forgets all but the first `segments`, keeps the memory */
 /* A new empty segment with room for `cap` tokens; its index, or -1 when the cache is full or the position too large. */
 int forest_add(Forest *forest, int parent, int cap, Err *err);
 /* Bytes a forest of that size takes, without making it (for --plan and inspect). */
-size_t forest_bytes(const Config *config, int blocks, int cache_rows, int max_rows);
+size_t forest_bytes(const Config *config, int blocks, int cache_rows, int max_rows, Passes passes);
 
 /* Tokens to append to segments of a forest: rows of one forward pass. Zero it before use. */
 typedef struct {
@@ -425,6 +501,21 @@ typedef struct {
  * intermediates to `tap` (either may be NULL). Fails before any change when the batch does not fit (rows, capacity, token
  * ids outside the vocabulary, no lm_head for logits). Formulas: the modelling files of transformers, see model.c. */
 int model_forward(Forest *forest, const Batch *batch, const LogitSink *logits, const Tap *tap, Err *err);
+
+/* What a loss makes of the log-probabilities of the wanted rows' targets, up to LOGIT_ROWS at a time, in order: it writes
+ * dlogp = dloss/dlogp. Cross entropy is dlogp = -1 / tokens; GRPO and its KL are another function of logp. */
+typedef struct {
+    void *context;
+    void (*tokens)(void *context, const float *logp, float *dlogp, int first, int n);
+} TokenLoss;
+
+/* The way back, after a model_forward over a training forest. `grad` is a Model of the same shape whose tensors are the
+ * gradients (F32, added to; data NULL = does not train).
+ * model_token_loss: final norm, lm_head and loss of out_row, LOGIT_ROWS at a time; target [out_row]: the token that follows
+ * each. Writes forest->dx, the gradient of the stream after the last block (zero elsewhere).
+ * model_backward: from forest->dx down to the embeddings. Every segment must stand whole in this one batch. */
+void model_token_loss(Forest *forest, const Batch *batch, const int *target, const TokenLoss *loss, const Model *grad);
+void model_backward(Forest *forest, const Batch *batch, const Model *grad);
 
 /* ------------------------------------------------------------------------------------------------ sampling */
 
@@ -680,6 +771,7 @@ int run_dump(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
 int run_eval(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
+int run_report(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
 int nla_main(int argc, char **argv);

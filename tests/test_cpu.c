@@ -178,7 +178,7 @@ Test(cpu, any_number_of_threads_gives_the_same_bits) {
         e->rmsnorm(e, out[1], out[0], &(Tensor){.data = w, .dtype = DT_F32}, N, O, 1e-5f, 0);
         e->gated(e, out[2], out[0], N, F, true);
         e->rope_qkv(e, q, k, v, x, NULL, NULL, 0, 0, cosines, cosines, place, place, N, H, 1, E);
-        e->attention(e, out[3], q, k, v, &segment, &run, 1, H, 1, E, 0.2f, 0);
+        e->attention(e, out[3], NULL, q, k, v, &segment, &run, 1, H, 1, E, 0.2f, 0);
         for (int i = 0; i < 4; i++) {
             if (threads == 1) {
                 first[i] = out[i];
@@ -317,7 +317,7 @@ static void check_attention(Engine *e, Shape s) {
         }
     }
     e->rope_qkv(e, q, k, v, qkv, &q_norm, &k_norm, 1e-6f, 1, cosines, sines, position, cache_row, N, s.H, s.G, s.E);
-    e->attention(e, out, q, k, v, segment, run, 4, s.H, s.G, s.E, 0.3f, s.window);
+    e->attention(e, out, NULL, q, k, v, segment, run, 4, s.H, s.G, s.E, 0.3f, s.window);
 
     /* the same heads in double */
     double *rotated = calloc(N * width, sizeof(double));

@@ -114,7 +114,7 @@ Test(method, the_injected_forward_equals_pytorch_in_every_family) {
             Expected x = {&p, V, D, T, floats(&p, "logits") + r * V, r == 0};
             LogitSink sink = {&x, check_logits};
             Tap tap = {&x, check_residual};
-            cr_assert(forest_open(&f, &v.model, v.model.config.n_layers, T, T, &err) == 0);
+            cr_assert(forest_open(&f, &v.model, v.model.config.n_layers, T, T, FORWARD, &err) == 0);
             batch_inject(&b, v.marker_at, scaled);
             batch_add(&b, &f, forest_add(&f, -1, T, &err), v.prompt, T, 1);
             cr_assert(model_forward(&f, &b, &sink, &tap, &err) == 0, "%s", err.msg);
@@ -194,7 +194,7 @@ Test(method, a_forest_of_samples_equals_separate_decodes_of_flat_prompts) {
         int D = v.model.config.hidden_size, T = (int)arrlen(v.prompt);
         cr_assert(verbalize(&v, &together, vectors, 3, 0, 4, &how, &err) == 0, "%s", err.msg);
         Forest f;
-        cr_assert(forest_open(&f, &v.model, v.model.config.n_layers, T + 5 * (how.max_tokens + CACHE_ALIGN), T, &err) == 0);
+        cr_assert(forest_open(&f, &v.model, v.model.config.n_layers, T + 5 * (how.max_tokens + CACHE_ALIGN), T, FORWARD, &err) == 0);
         for (int one = 0; one < 12; one++) {
             Decoder alone = {.how = how, .eos = v.model.config.eos, .vocab_size = v.model.config.vocab_size, .tok = v.tok};
             Batch b = {0};

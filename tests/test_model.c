@@ -78,7 +78,7 @@ static void check_golden(void) {
         open_case(&f, cases[c], 2);
         Tap tap = {&f, compare};
         LogitSink sink = {NULL, no_logits};
-        cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, f.n, f.n, &err) == 0);
+        cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, f.n, f.n, FORWARD, &err) == 0);
         batch_add(&batch, &forest, forest_add(&forest, -1, f.n, &err), f.ids, f.n, 2);
         cr_assert(model_forward(&forest, &batch, &sink, &tap, &err) == 0, "%s", err.msg);
         batch_free(&batch);
@@ -151,7 +151,7 @@ Test(model, a_forest_equals_its_sequences_laid_out_flat) {
         Batch batch = {0};
         Logits tree = {0}, flat = {0};
         int L = f.model.config.n_layers;
-        cr_assert(forest_open(&forest, &f.model, L, 256, 128, &err) == 0);
+        cr_assert(forest_open(&forest, &f.model, L, 256, 128, FORWARD, &err) == 0);
         int root = forest_add(&forest, -1, 13, &err), left = forest_add(&forest, root, 9, &err),
             right = forest_add(&forest, root, 7, &err), leaf = forest_add(&forest, right, 5, &err);
         batch_add(&batch, &forest, root, x, 13, 0);
@@ -192,7 +192,7 @@ Test(model, decoding_gives_the_same_bits_as_one_pass_whatever_rides_along) {
         Forest forest;
         Batch batch = {0};
         Logits whole = {0}, step = {0};
-        cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, 512, 256, &err) == 0);
+        cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, 512, 256, FORWARD, &err) == 0);
         batch_add(&batch, &forest, forest_add(&forest, -1, f.n, &err), f.ids, f.n, 2);
         run(&forest, &batch, &whole);
         int seg = forest_add(&forest, -1, f.n, &err), other = forest_add(&forest, -1, f.n, &err);
@@ -222,7 +222,7 @@ Test(model, any_number_of_threads_gives_the_same_bits) {
             open_case(&f, cases[c], threads);
             Forest forest;
             Batch batch = {0};
-            cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, f.n, f.n, &err) == 0);
+            cr_assert(forest_open(&forest, &f.model, f.model.config.n_layers, f.n, f.n, FORWARD, &err) == 0);
             batch_add(&batch, &forest, forest_add(&forest, -1, f.n, &err), f.ids, f.n, 2);
             run(&forest, &batch, threads == 1 ? &first : &now);
             for (int i = 0; i < f.n && threads > 1; i++) {
@@ -243,7 +243,7 @@ Test(model, what_does_not_fit_is_an_error_and_changes_nothing) {
     open_case(&f, "llama3", 1);
     Forest forest;
     Batch batch = {0};
-    cr_assert(forest_open(&forest, &f.model, 1, 32, 8, &err) == 0);
+    cr_assert(forest_open(&forest, &f.model, 1, 32, 8, FORWARD, &err) == 0);
     int seg = forest_add(&forest, -1, 10, &err);
     batch_add(&batch, &forest, seg, f.ids, 9, 0);
     cr_assert(model_forward(&forest, &batch, NULL, NULL, &err) == -1);
@@ -268,8 +268,8 @@ Test(model, the_forests_size_is_planned_before_it_is_made) {
     Err err = {0};
     open_case(&f, "gemma3_text", 1);
     Forest forest;
-    cr_assert(forest_open(&forest, &f.model, 3, 100, 50, &err) == 0);
-    cr_assert(forest_bytes(&f.model.config, 3, 100, 50) == forest.bytes);
+    cr_assert(forest_open(&forest, &f.model, 3, 100, 50, FORWARD, &err) == 0);
+    cr_assert(forest_bytes(&f.model.config, 3, 100, 50, FORWARD) == forest.bytes);
     forest_close(&forest);
     close_case(&f);
 }
@@ -433,7 +433,7 @@ Test(model, logits_of_a_model_without_lm_head_are_an_error) {
     Forest forest;
     Batch batch = {0};
     LogitSink sink = {NULL, no_logits};
-    cr_assert(forest_open(&forest, &f.model, 1, 16, 16, &err) == 0);
+    cr_assert(forest_open(&forest, &f.model, 1, 16, 16, FORWARD, &err) == 0);
     batch_add(&batch, &forest, forest_add(&forest, -1, 4, &err), f.ids, 4, 1);
     cr_assert(model_forward(&forest, &batch, &sink, NULL, &err) == -1);
     cr_assert(strstr(err.msg, "no lm_head.weight"), "%s", err.msg);
