@@ -418,6 +418,7 @@ golden() {
     fi
     "$venv/bin/python" tests/golden.py
     "$venv/bin/python" tests/golden_method.py
+    "$venv/bin/python" tests/golden_train.py
 }
 
 command=${1:-build}
