@@ -309,6 +309,8 @@ int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, E
     if (model_load(&r->model, dir, engine, err) != 0) {
         return -1;
     }
+    r->model.final_norm = (Tensor){0}; /* left over in some checkpoints: an AR has neither */
+    r->model.lm_head = (Linear){0};
     r->tok = tokenizer_load(dir, err);
     int status = r->tok ? sidecar_load(&r->meta, sidecar ? sidecar : dir, err) : -1;
     if (status == 0 && !r->meta.ar) {

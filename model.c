@@ -547,6 +547,7 @@ static int load_weights(Model *m, Err *err) {
     if (status == 0) {
         status = refuse_leftovers(&l);
     }
+    m->prefix = l.prefix;
     free(l.used);
     return status;
 }
@@ -568,31 +569,109 @@ void model_free(Model *m) {
     *m = (Model){0};
 }
 
-static size_t elements(const Tensor *t) {
-    size_t n = t->data ? 1 : 0;
-    for (int i = 0; i < t->n_dims; i++) {
-        n *= (size_t)t->shape[i];
-    }
-    return n;
-}
-
 static size_t linear_elements(const Linear *w) {
     size_t n = 0;
     for (int i = 0; i < w->n; i++) {
-        n += elements(&w->w[i]) + elements(&w->b[i]);
+        n += tensor_elements(&w->w[i]) + tensor_elements(&w->b[i]);
     }
     return n;
 }
 
 size_t model_parameters(const Model *m) {
-    size_t n = elements(&m->embed) + elements(&m->final_norm) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
+    size_t n = tensor_elements(&m->embed) + tensor_elements(&m->final_norm) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
     for (int i = 0; i < m->config.n_layers; i++) {
         const Block *b = &m->block[i];
         n += linear_elements(&b->qkv) + linear_elements(&b->o) + linear_elements(&b->gate_up) + linear_elements(&b->down);
-        n += elements(&b->attn_in_norm) + elements(&b->attn_out_norm) + elements(&b->mlp_in_norm) +
-             elements(&b->mlp_out_norm) + elements(&b->q_norm) + elements(&b->k_norm);
+        n += tensor_elements(&b->attn_in_norm) + tensor_elements(&b->attn_out_norm) + tensor_elements(&b->mlp_in_norm) +
+             tensor_elements(&b->mlp_out_norm) + tensor_elements(&b->q_norm) + tensor_elements(&b->k_norm);
     }
     return n;
+}
+
+/* ------------------------------------------------------------------------------------------------ tensors by name */
+
+static const char *const module_names[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                           "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+
+Linear *block_linear(Block *b, int module, int *place) {
+    Linear *const stack[] = {&b->qkv, &b->qkv, &b->qkv, &b->o, &b->gate_up, &b->gate_up, &b->down};
+    static const int places[] = {0, 1, 2, 0, 0, 1, 0};
+    *place = places[module];
+    return stack[module];
+}
+
+const char *module_name(int module) {
+    return module_names[module];
+}
+
+static void put_name(Named **list, Tensor *t, char *name) {
+    if (t->data) {
+        arrput(*list, ((Named){name, t}));
+    } else {
+        free(name);
+    }
+}
+
+static void block_tensors(Model *m, int layer, Named **list) {
+    Block *b = &m->block[layer];
+    char *prefix = xprintf("%slayers.%d.", m->prefix, layer);
+    bool post = m->config.post_norms;
+    for (int i = 0; i < MODULES; i++) {
+        int at;
+        Linear *w = block_linear(b, i, &at);
+        put_name(list, &w->w[at], xprintf("%s%s.weight", prefix, module_names[i]));
+        put_name(list, &w->b[at], xprintf("%s%s.bias", prefix, module_names[i]));
+    }
+    put_name(list, &b->attn_in_norm, xprintf("%sinput_layernorm.weight", prefix));
+    put_name(list, &b->attn_out_norm, xprintf("%spost_attention_layernorm.weight", prefix));
+    put_name(list, &b->mlp_in_norm, xprintf("%s%s.weight", prefix, post ? "pre_feedforward_layernorm" : "post_attention_layernorm"));
+    put_name(list, &b->mlp_out_norm, xprintf("%spost_feedforward_layernorm.weight", prefix));
+    put_name(list, &b->q_norm, xprintf("%sself_attn.q_norm.weight", prefix));
+    put_name(list, &b->k_norm, xprintf("%sself_attn.k_norm.weight", prefix));
+    free(prefix);
+}
+
+Named *model_tensors(Model *m) {
+    Named *list = NULL;
+    put_name(&list, &m->embed, xprintf("%sembed_tokens.weight", m->prefix));
+    for (int i = 0; i < m->config.n_layers; i++) {
+        block_tensors(m, i, &list);
+    }
+    put_name(&list, &m->final_norm, xprintf("%snorm.weight", m->prefix));
+    if (!m->config.tied && m->lm_head.n) {
+        bool wrapped = strcmp(m->prefix, "language_model.model.") == 0; /* the head stands beside the inner model */
+        put_name(&list, &m->lm_head.w[0], xstrdup(wrapped ? "language_model.lm_head.weight" : "lm_head.weight"));
+    }
+    return list;
+}
+
+Named *lora_tensors(Model *m) {
+    Named *list = NULL;
+    /* PEFT names a module by its path in the class of transformers, where a wrapper's text model is model.language_model. */
+    const char *path = strcmp(m->prefix, "model.") == 0 || !*m->prefix ? "model." : "model.language_model.";
+    for (int layer = 0; layer < m->config.n_layers; layer++) {
+        for (int i = 0; i < MODULES; i++) {
+            int at, down = 0;
+            Linear *w = block_linear(&m->block[layer], i, &at);
+            if (!w->lora || !w->lora->up[at].data) {
+                continue;
+            }
+            for (int j = 0; j < at; j++) {
+                down += w->lora->up[j].data != NULL;
+            }
+            const char *root = "base_model.model.";
+            put_name(&list, &w->lora->down.w[down], xprintf("%s%slayers.%d.%s.lora_A.weight", root, path, layer, module_names[i]));
+            put_name(&list, &w->lora->up[at], xprintf("%s%slayers.%d.%s.lora_B.weight", root, path, layer, module_names[i]));
+        }
+    }
+    return list;
+}
+
+void named_free(Named *list) {
+    for (int i = 0; i < (int)arrlen(list); i++) {
+        free(list[i].name);
+    }
+    arrfree(list);
 }
 
 /* ------------------------------------------------------------------------------------------------ RoPE tables */

@@ -158,6 +158,8 @@ int safetensors_save(const char *path, const Tensor *tensor, int n, Err *err);
  * writer that streams the data itself. To be freed; NULL when it does not fit into pad_to. */
 char *safetensors_header(const Tensor *tensor, int n, size_t pad_to, size_t *len);
 
+size_t tensor_elements(const Tensor *t); /* 0 when it has no data */
+int tensor_to_floats(float *out, const Tensor *t); /* all of an F32, BF16 or F16 tensor; -1 for another dtype */
 float bf16_to_f32(uint16_t bits);
 uint16_t f32_to_bf16(float value); /* round to nearest, ties to even; NaN stays NaN */
 float f16_to_f32(uint16_t bits);
@@ -414,12 +416,26 @@ typedef struct {
     Linear lm_head;    /* n = 0 when absent */
     Block *block;      /* [L] */
     Engine *engine;    /* borrowed */
+    const char *prefix; /* of the tensors' names in the files: "model." or a wrapper's */
 } Model;
 
 /* Maps DIR's weights and checks every tensor's presence and shape against config.json, by name. */
 int model_load(Model *model, const char *dir, Engine *engine, Err *err);
 void model_free(Model *model);
 size_t model_parameters(const Model *model);
+/* A model's tensors under the names that their files give them (stb; named_free): of the model itself (a tied head once, as the
+ * embedding), and of its adapters under PEFT's names. */
+typedef struct {
+    char *name;
+    Tensor *tensor;
+} Named;
+Named *model_tensors(Model *m);
+Named *lora_tensors(Model *m);
+void named_free(Named *list);
+
+enum { MODULES = 7 }; /* matrices of a block: q, k, v, o, gate, up, down */
+Linear *block_linear(Block *b, int module, int *place); /* the stack that holds one, and its place there */
+const char *module_name(int module);                    /* "self_attn.q_proj" */
 
 typedef enum { FORWARD, TRAINING, TRAINING_RECOMPUTED } Passes;
 
@@ -480,6 +496,25 @@ void batch_inject(Batch *batch, int row, const float *vector);
 void batch_free(Batch *batch);
 /* Appends n tokens to segment `seg`; want_logits: 0 none, 1 of the last token, 2 of all. */
 void batch_add(Batch *batch, const Forest *forest, int seg, const int *token, int n, int want_logits);
+
+/* ---- adapters, in PEFT's layout (adapter_config.json, adapter_model.safetensors) */
+
+typedef struct {
+    int rank;
+    double alpha;
+    bool rslora;          /* scale alpha / sqrt(rank) instead of alpha / rank */
+    bool module[MODULES]; /* which matrices of every block */
+    char *base;           /* owned: base_model_name_or_path, or NULL */
+} LoraConfig;
+
+double lora_scale(const LoraConfig *c);
+int lora_modules(LoraConfig *c, const char *list, Err *err);    /* "q,v" or "q_proj,v_proj" -> module[] */
+void lora_new(Model *m, const LoraConfig *c, uint64_t seed);    /* A random, B zero: they change nothing yet */
+int lora_config_load(LoraConfig *c, const char *dir, Err *err); /* lora_config_free also after an error */
+int lora_load(Model *m, const char *dir, LoraConfig *c, Err *err);
+int lora_save(Model *m, const LoraConfig *c, const char *dir, Err *err);
+void lora_config_free(LoraConfig *c);
+void lora_free(Model *m); /* takes the adapters off */
 
 /* What happens along a forward pass, for capture, dump and parity. `seen` gets every module's output, [rows, width], still
  * in the engine. Modules carry HF's names: "model.embed_tokens", "self_attn", "mlp" and "" (the block itself: the residual
@@ -710,6 +745,90 @@ typedef struct {
 void baseline_add(Baseline *b, const float *v, int d);
 double baseline_var(const Baseline *b, int d); /* var_nrm for s = sqrt(d): mean |n_s(v) - mean n_s|^2 / d */
 void baseline_free(Baseline *b);
+
+/* ------------------------------------------------------------------------------------------------ training */
+
+/* What trains, as flat memory: fp32 master weights (the model's tensors point into them), gradients, AdamW's moments. */
+typedef struct {
+    Engine *engine;
+    Named *tensor;      /* stb: in the model */
+    size_t *offset;     /* stb: of each in the flat memory */
+    size_t count, bytes;
+    Act *weight, *grad;
+    void *m, *v;
+    DType moments;      /* F32, or BF16 rounded stochastically */
+    Model gradient;     /* the model's shape; its tensors are the gradients */
+    Linear head;        /* of the value head, when there is one */
+    int64_t step;       /* updates made */
+} Params;
+
+/* Trains `model`'s adapters when `lora`, else all its weights; and `head` (may be NULL) as value_head.weight. */
+int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments, Err *err);
+void params_close(Params *p);
+size_t params_bytes(const Model *model, bool lora, const Linear *head, DType moments); /* the same, without making it */
+
+typedef struct {
+    AdamW adamw;
+    double peak, final; /* learning rates */
+    int warmup, total;  /* steps; total 0: constant after the warm-up */
+    double clip;        /* of the gradient's norm; 0 = none */
+    uint64_t seed;
+} Schedule;
+/* Of step 1, 2, ...: linear to `peak` over the warm-up, then a cosine to `final` at `total`. */
+double learning_rate(const Schedule *s, int64_t step);
+/* One AdamW update by what the gradients hold, which are then zeroed. *norm: theirs before clipping. A norm that is not finite
+ * changes nothing and returns false. */
+bool params_step(Params *p, const Schedule *s, double *norm);
+
+/* Responses that the AV has to have drawn, one group a vector. */
+typedef struct {
+    const float *vector;     /* [D], as in the dataset */
+    int64_t row;             /* for messages */
+    const int *const *token; /* [samples]: each response's ids, the end token included when there was one */
+    const int *length;       /* [samples] */
+    int samples;
+} AvGroup;
+
+/* Forward and back over groups of one microbatch: the prompt up to the marker once, marker and tail once a vector, the
+ * responses as children. `loss` sees all responses' tokens in order. With `grad` NULL only log-probabilities are computed. */
+typedef struct {
+    Verbalizer *av; /* borrowed; its own forest is for decoding */
+    Forest forest;
+    Batch batch;
+    int *target;    /* stb */
+    Passes passes;
+} AvPass;
+int av_pass(AvPass *p, const AvGroup *group, int groups, const TokenLoss *loss, const Model *grad, Err *err);
+void av_pass_close(AvPass *p);
+size_t av_pass_bytes(const Verbalizer *av, int groups, int samples, int response, Passes passes);
+/* The response that a training row teaches: the explanation between its tags and the chat's end-of-turn token. */
+int av_response(const Verbalizer *av, const char *explanation, size_t len, int **ids, Err *err);
+int av_end_of_turn(const Verbalizer *av); /* -1 when the prompt's template has none that the tokenizer knows */
+
+/* The AR's loss weight_i * mse_nrm over texts, forward and back. mse [n] is written; with grad NULL nothing else is done.
+ * out [n,D] (may be NULL): the vectors themselves. */
+typedef struct {
+    Reconstructor *ar; /* borrowed */
+    Forest forest;
+    Batch batch;
+    int *end_row;      /* stb */
+    Act *last, *out, *dout;
+    int room;          /* texts that they hold */
+    Passes passes;
+} ArPass;
+int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *gold, int n, double weight, double *mse,
+            const Params *params, Err *err);
+void ar_pass_close(ArPass *p);
+
+/* GRPO on one group: rewards to advantages, (r - mean) / (std + 1e-6), std with n - 1; all 0 when they are equal. */
+void advantages(const double *reward, int n, double *advantage);
+/* One token's share of the loss: max(-rho A, -clip(rho) A) + kl * k3, and its derivative with respect to logp. */
+typedef struct {
+    double clip;   /* 0.2 */
+    double kl;     /* coefficient */
+    int estimator; /* of the KL: 3 = k3, 2 = (logp - ref)^2 / 2, 1 = logp - ref */
+} Grpo;
+double grpo_token(const Grpo *g, double logp, double old, double ref, double advantage, double *policy, double *kl, double *dlogp);
 
 /* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */

@@ -1132,6 +1132,29 @@ float f16_to_f32(uint16_t bits) {
     return sign ? -tiny : tiny;
 }
 
+size_t tensor_elements(const Tensor *t) {
+    size_t n = t->data ? 1 : 0;
+    for (int i = 0; i < t->n_dims; i++) {
+        n *= (size_t)t->shape[i];
+    }
+    return n;
+}
+
+int tensor_to_floats(float *out, const Tensor *t) {
+    size_t n = tensor_elements(t);
+    const uint16_t *half = t->data;
+    if (t->dtype == DT_F32) {
+        memcpy(out, t->data, n * sizeof(float));
+    } else if (t->dtype == DT_BF16 || t->dtype == DT_F16) {
+        for (size_t i = 0; i < n; i++) {
+            out[i] = t->dtype == DT_BF16 ? bf16_to_f32(half[i]) : f16_to_f32(half[i]);
+        }
+    } else {
+        return -1;
+    }
+    return 0;
+}
+
 /* ------------------------------------------------------------------------------------------------ tensors: reading */
 
 /* One .safetensors file being read: 8 bytes of header length, the JSON header, the data. */
