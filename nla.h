@@ -820,6 +820,13 @@ int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *
             const Params *params, Err *err);
 void ar_pass_close(ArPass *p);
 
+/* r = -mse_nrm (failed: -2), or -log(mse_nrm) (failed: -log 2), less length_penalty a token. */
+typedef struct {
+    bool log;
+    double length_penalty;
+} Reward;
+double reward_of(const Reward *how, bool explained, double mse, int tokens);
+
 /* GRPO on one group: rewards to advantages, (r - mean) / (std + 1e-6), std with n - 1; all 0 when they are equal. */
 void advantages(const double *reward, int n, double *advantage);
 /* One token's share of the loss: max(-rho A, -clip(rho) A) + kl * k3, and its derivative with respect to logp. */
@@ -829,6 +836,24 @@ typedef struct {
     int estimator; /* of the KL: 3 = k3, 2 = (logp - ref)^2 / 2, 1 = logp - ref */
 } Grpo;
 double grpo_token(const Grpo *g, double logp, double old, double ref, double advantage, double *policy, double *kl, double *dlogp);
+
+/* A TokenLoss's context over a pass's tokens in order (microbatch by microbatch: `at` moves on). */
+typedef struct {
+    Grpo how;
+    const float *old, *ref; /* [tokens]: log-probabilities when drawn, and of the frozen SFT AV */
+    const float *advantage; /* [tokens]: of each token's sample */
+    const float *weight;    /* [tokens]: 1 / (samples * tokens of its sample) */
+    int at;                 /* tokens of earlier microbatches */
+    double policy, kl;      /* sums so far */
+} GrpoLoss;
+void grpo_tokens(void *context, const float *logp, float *dlogp, int first, int n);
+
+/* A TokenLoss's context that only keeps the log-probabilities. */
+typedef struct {
+    float *logp; /* [tokens] */
+    int at;
+} KeepLogprobs;
+void keep_logprobs(void *context, const float *logp, float *dlogp, int first, int n);
 
 /* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */

@@ -413,6 +413,11 @@ void ar_pass_close(ArPass *p) {
 
 /* ------------------------------------------------------------------------------------------------ GRPO */
 
+double reward_of(const Reward *how, bool explained, double mse, int tokens) {
+    double error = !explained ? 2 : mse > 1e-6 ? mse : 1e-6; /* no reward without bound for the log of nothing */
+    return (how->log ? -log(error) : explained ? -mse : -2) - how->length_penalty * tokens;
+}
+
 void advantages(const double *reward, int n, double *advantage) {
     double mean = 0, squares = 0;
     for (int i = 0; i < n; i++) {
@@ -456,4 +461,22 @@ double grpo_token(const Grpo *g, double logp, double old, double ref, double adv
     }
     *dlogp += g->kl * slope;
     return *policy + g->kl * *kl;
+}
+
+void grpo_tokens(void *context, const float *logp, float *dlogp, int first, int n) {
+    GrpoLoss *x = context;
+    for (int i = 0; i < n; i++) {
+        int t = x->at + first + i;
+        double policy, kl, slope;
+        grpo_token(&x->how, (double)logp[i], (double)x->old[t], (double)x->ref[t], (double)x->advantage[t], &policy, &kl, &slope);
+        x->policy += (double)x->weight[t] * policy;
+        x->kl += (double)x->weight[t] * kl;
+        dlogp[i] = (float)((double)x->weight[t] * slope);
+    }
+}
+
+void keep_logprobs(void *context, const float *logp, float *dlogp, int first, int n) {
+    KeepLogprobs *x = context;
+    (void)dlogp;
+    memcpy(x->logp + x->at + first, logp, (size_t)n * sizeof(float));
 }

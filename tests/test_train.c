@@ -274,6 +274,187 @@ Test(train, ar_adapters_gradients_and_ten_steps_equal_pytorch_in_every_family) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ GRPO */
+
+enum { VECTORS = 3, GROUP = 4 };
+
+/* The fixed rollouts of golden_train.py: 3 groups of 4, ids as ints. */
+typedef struct {
+    int *id[SAMPLES], length[SAMPLES], tokens;
+    AvGroup group[VECTORS];
+} Rollouts;
+
+static void open_rollouts(Rollouts *r, const Case *c, int D) {
+    memset(r, 0, sizeof *r);
+    for (int i = 0; i < SAMPLES; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "rl.ids_%d", i);
+        const Tensor *t = golden(c, "", name);
+        for (int j = 0; j < t->shape[0]; j++) {
+            arrput(r->id[i], (int)((const int64_t *)t->data)[j]);
+        }
+        r->length[i] = (int)t->shape[0];
+        r->tokens += r->length[i];
+    }
+    for (int g = 0; g < VECTORS; g++) {
+        r->group[g] = (AvGroup){.vector = floats(c, "rl.vectors") + g * D, .row = g, .token = (const int *const *)&r->id[g * GROUP],
+                                .length = &r->length[g * GROUP], .samples = GROUP};
+    }
+}
+
+static void close_rollouts(Rollouts *r) {
+    for (int i = 0; i < SAMPLES; i++) {
+        arrfree(r->id[i]);
+    }
+}
+
+/* One golden value a token, sample after sample. */
+static float *per_token(const Case *c, const Rollouts *r, const char *name) {
+    float *out = xmalloc((size_t)r->tokens * sizeof(float));
+    int at = 0;
+    for (int i = 0; i < SAMPLES; i++) {
+        char full[32];
+        snprintf(full, sizeof full, "%s_%d", name, i);
+        memcpy(out + at, floats(c, full), (size_t)r->length[i] * sizeof(float));
+        at += r->length[i];
+    }
+    return out;
+}
+
+/* Log-probabilities against the golden ones; 1e-5 of their largest, as the logits. */
+static void check_logprobs(AvRows *av, const Case *c, const Rollouts *r, const char *name) {
+    Err err = {0};
+    float *want = per_token(c, r, name), *logp = xmalloc((size_t)r->tokens * sizeof(float));
+    KeepLogprobs keep = {logp, 0};
+    TokenLoss loss = {&keep, keep_logprobs};
+    cr_assert(av_pass(&av->pass, r->group, VECTORS, &loss, NULL, &err) == 0, "%s", err.msg);
+    for (int i = 0; i < r->tokens; i++) {
+        near((double)logp[i], (double)want[i], 1e-5, name);
+    }
+    free(want);
+    free(logp);
+}
+
+/* The golden advantages from the golden rewards, and everything else by the policy's pass and back. */
+static void check_policy(AvRows *av, const Case *c, const Rollouts *r, const char *old, const char *ref, const char *prefix, bool lora) {
+    Err err = {0};
+    Params p;
+    char name[40];
+    float *olds = per_token(c, r, old), *refs = per_token(c, r, ref), *advantage = xmalloc((size_t)r->tokens * sizeof(float)),
+          *weight = xmalloc((size_t)r->tokens * sizeof(float));
+    for (int i = 0, at = 0; i < SAMPLES; i++) {
+        for (int j = 0; j < r->length[i]; j++, at++) {
+            advantage[at] = floats(c, "rl.advantage")[i];
+            weight[at] = 1.0f / (float)(SAMPLES * r->length[i]);
+        }
+    }
+    GrpoLoss x = {.how = {0.2, 0.05, 3}, .old = olds, .ref = refs, .advantage = advantage, .weight = weight};
+    TokenLoss loss = {&x, grpo_tokens};
+    cr_assert(params_open(&p, &av->av.model, lora, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    for (int g = 0, tokens = 0; g < VECTORS; g += 2) { /* two microbatches, the last one short */
+        int n = VECTORS - g < 2 ? VECTORS - g : 2;
+        x.at = tokens;
+        cr_assert(av_pass(&av->pass, r->group + g, n, &loss, &p.gradient, &err) == 0, "%s", err.msg);
+        for (int i = g * GROUP; i < (g + n) * GROUP; i++) {
+            tokens += r->length[i];
+        }
+    }
+    snprintf(name, sizeof name, "%s.policy_loss", prefix);
+    near(x.policy, (double)*floats(c, name), 1e-5, name);
+    snprintf(name, sizeof name, "%s.kl", prefix);
+    near(x.kl, (double)*floats(c, name), 1e-5, name);
+    snprintf(name, sizeof name, "%s.grad.", prefix);
+    compare(c, &p, p.grad, name, 1e-4, 0);
+    params_close(&p);
+    free(olds);
+    free(refs);
+    free(advantage);
+    free(weight);
+}
+
+Test(train, the_policys_loss_and_gradient_of_an_rl_step_equal_pytorch_in_every_family) {
+    for (int family = 0; family < 4; family++) {
+        Case c;
+        AvRows av, base;
+        Rollouts r;
+        open_case(&c, family, 2, "explanations");
+        open_av(&av, &c, true, TRAINING);
+        open_av(&base, &c, false, TRAINING);
+        open_rollouts(&r, &c, av.av.model.config.hidden_size);
+        check_logprobs(&av, &c, &r, "rl.logp");
+        check_logprobs(&base, &c, &r, "rl.ref");
+        check_policy(&av, &c, &r, "rl.old", "rl.ref", "rl", true);
+        if (family == 0) { /* the AV itself trained whole, the adapted one as reference */
+            check_policy(&base, &c, &r, "rl_full.old", "rl.logp", "rl_full", false);
+        }
+        close_rollouts(&r);
+        close_av(&av);
+        close_av(&base);
+        close_case(&c);
+    }
+}
+
+Test(train, rewards_advantages_and_the_ars_share_of_an_rl_step_equal_pytorch_in_every_family) {
+    for (int family = 0; family < 4; family++) {
+        Case c;
+        ArRows ar;
+        Params p;
+        Err err = {0};
+        open_case(&c, family, 2, "rl_explanations");
+        open_ar(&ar, &c, true, TRAINING);
+        int D = ar.ar.model.config.hidden_size, n = 0, sample[SAMPLES];
+        const char *text[SAMPLES];
+        size_t len[SAMPLES];
+        float *gold = xmalloc(SAMPLES * (size_t)D * sizeof(float));
+        for (int i = 0; i < SAMPLES; i++) {
+            bool valid = ((const int64_t *)golden(&c, "", "rl.status")->data)[i] == 0;
+            cr_assert(valid == (c.text[i] != NULL));
+            if (valid) {
+                memcpy(gold + n * D, floats(&c, "rl.vectors") + i / GROUP * D, (size_t)D * sizeof(float));
+                text[n] = c.text[i];
+                len[n] = c.len[i];
+                sample[n++] = i;
+            }
+        }
+        double mse[SAMPLES], reward[SAMPLES], loss = 0;
+        cr_assert(params_open(&p, &ar.ar.model, true, &ar.ar.head, DT_F32, &err) == 0, "%s", err.msg);
+        cr_assert(ar_pass(&ar.pass, text, len, gold, n, 1.0 / n, mse, &p, &err) == 0, "%s", err.msg);
+        compare(&c, &p, p.grad, "rl.ar_grad.", 1e-4, 0);
+        const Tensor *length;
+        for (int kind = 0; kind < 3; kind++) {
+            static const char *const names[] = {"rl.reward", "rl.reward_log", "rl.reward_length"};
+            for (int i = 0, v = 0; i < SAMPLES; i++) {
+                char ids[32];
+                snprintf(ids, sizeof ids, "rl.ids_%d", i);
+                length = golden(&c, "", ids);
+                bool valid = v < n && sample[v] == i;
+                Reward how = {.log = kind == 1, .length_penalty = kind == 2 ? 0.001 : 0};
+                reward[i] = reward_of(&how, valid, valid ? mse[v] : 0, (int)length->shape[0]);
+                near(reward[i], (double)floats(&c, names[kind])[i], 1e-5, names[kind]);
+                v += valid;
+            }
+            if (kind == 0) {
+                double advantage[GROUP];
+                for (int i = 0; i < SAMPLES; i++) {
+                    if (i % GROUP == 0) {
+                        advantages(reward + i, GROUP, advantage);
+                    }
+                    near(advantage[i % GROUP], (double)floats(&c, "rl.advantage")[i], 1e-4, "advantage");
+                }
+            }
+        }
+        for (int i = 0; i < n; i++) {
+            near(mse[i], (double)floats(&c, "rl.mse")[sample[i]], 1e-5, "mse_nrm");
+            loss += mse[i] / n;
+        }
+        near(loss, (double)*floats(&c, "rl.ar_loss"), 1e-5, "AR loss");
+        free(gold);
+        params_close(&p);
+        close_ar(&ar);
+        close_case(&c);
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ what must not matter */
 
 /* Relative difference of two gradients as a whole; *worst: of the tensor that differs most. */
