@@ -79,7 +79,7 @@ static bool is_model_file(const char *name, bool weights) {
 }
 
 /* Links (weights too) or copies (without weights and config.json) the base's files. */
-static int take_files(const Staging *s, const char *base, bool link, Err *err) {
+static int take_files(const char *dir, const char *base, bool link, Err *err) {
     char *real = realpath(base, NULL);
     DIR *d = real ? opendir(real) : NULL;
     int status = d ? 0 : fail(err, "%s: %s", base, strerror(errno));
@@ -87,7 +87,7 @@ static int take_files(const Staging *s, const char *base, bool link, Err *err) {
         if (!is_model_file(entry->d_name, link)) {
             continue;
         }
-        char *from = xprintf("%s/%s", real, entry->d_name), *to = xprintf("%s/%s", s->temp, entry->d_name);
+        char *from = xprintf("%s/%s", real, entry->d_name), *to = xprintf("%s/%s", dir, entry->d_name);
         File file;
         if (link) {
             status = symlink(from, to) == 0 ? 0 : fail(err, "%s: cannot link to %s: %s", to, from, strerror(errno));
@@ -105,8 +105,8 @@ static int take_files(const Staging *s, const char *base, bool link, Err *err) {
     return status;
 }
 
-static int save_sidecar(const Staging *s, const Yaml *sidecar, Err *err) {
-    char *path = xprintf("%s/nla_meta.yaml", s->temp);
+static int save_sidecar(const char *dir, const Yaml *sidecar, Err *err) {
+    char *path = xprintf("%s/nla_meta.yaml", dir);
     int status = yaml_save(sidecar, path, err);
     free(path);
     return status;
@@ -179,8 +179,8 @@ static void write_value(FILE *out, const Json *json, int node, int layers) {
 
 /* The base's config.json for `layers` layers; of a wrapper the text model's part alone. When the file leaves
  * num_hidden_layers to the class default, it is added. */
-static int write_config(const Staging *s, const Model *m, int layers, Err *err) {
-    char *from = xprintf("%s/config.json", m->dir), *to = xprintf("%s/config.json", s->temp), *text = NULL;
+static int write_config(const char *dir, const Model *m, int layers, Err *err) {
+    char *from = xprintf("%s/config.json", m->dir), *to = xprintf("%s/config.json", dir), *text = NULL;
     size_t len;
     File file;
     Json json;
@@ -219,87 +219,48 @@ int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err) {
     if (status != 0) {
         return -1;
     }
-    status = take_files(&s, base, true, err);
+    status = take_files(s.temp, base, true, err);
     if (status == 0) {
-        status = save_sidecar(&s, sidecar, err);
+        status = save_sidecar(s.temp, sidecar, err);
     }
     return unstage(&s, status, err);
 }
 
-static void put(Tensor **list, const Tensor *t, const char *name) {
-    Tensor named = *t;
-    named.name = name;
-    arrput(*list, named);
-}
-
-static void put_linear(Tensor **list, const Linear *w, const char *prefix, const char *const *names, char ***owned) {
-    for (int i = 0; i < w->n; i++) {
-        char *weight = xprintf("%s.%s.weight", prefix, names[i]), *bias = xprintf("%s.%s.bias", prefix, names[i]);
-        arrput(*owned, weight);
-        arrput(*owned, bias);
-        put(list, &w->w[i], weight);
-        if (w->b[i].data) {
-            put(list, &w->b[i], bias);
-        }
-    }
-}
-
-/* Blocks 0..layers-1 and the embedding under plain names. */
-static int write_blocks(const Staging *s, const Model *m, int layers, Err *err) {
-    static const char *const qkv[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, *const o[] = {"self_attn.o_proj"},
-                             *const gate_up[] = {"mlp.gate_proj", "mlp.up_proj"}, *const down[] = {"mlp.down_proj"};
-    const Config *c = &m->config;
+/* The model's tensors as they are in memory, under plain names whatever wrapper they came from. */
+static int write_weights(const char *dir, const Model *m, Err *err) {
+    Model plain = *m;
+    plain.prefix = "model.";
+    Named *named = model_tensors(&plain);
     Tensor *list = NULL;
-    char **owned = NULL;
-    put(&list, &m->embed, "model.embed_tokens.weight");
-    for (int i = 0; i < layers; i++) {
-        const Block *b = &m->block[i];
-        char *prefix = xprintf("model.layers.%d", i);
-        const struct {
-            const Tensor *t;
-            const char *name;
-        } norms[] = {
-            {&b->attn_in_norm, "input_layernorm"},
-            {&b->attn_out_norm, "post_attention_layernorm"},
-            {&b->mlp_in_norm, c->post_norms ? "pre_feedforward_layernorm" : "post_attention_layernorm"},
-            {&b->mlp_out_norm, "post_feedforward_layernorm"},
-            {&b->q_norm, "self_attn.q_norm"},
-            {&b->k_norm, "self_attn.k_norm"},
-        };
-        for (size_t j = 0; j < sizeof norms / sizeof *norms; j++) {
-            if (norms[j].t->data) {
-                char *name = xprintf("%s.%s.weight", prefix, norms[j].name);
-                arrput(owned, name);
-                put(&list, norms[j].t, name);
-            }
-        }
-        put_linear(&list, &b->qkv, prefix, qkv, &owned);
-        put_linear(&list, &b->o, prefix, o, &owned);
-        put_linear(&list, &b->gate_up, prefix, gate_up, &owned);
-        put_linear(&list, &b->down, prefix, down, &owned);
-        free(prefix);
+    for (int i = 0; i < (int)arrlen(named); i++) {
+        arrput(list, *named[i].tensor);
+        arrlast(list).name = named[i].name;
     }
-    char *path = xprintf("%s/model.safetensors", s->temp);
+    char *path = xprintf("%s/model.safetensors", dir);
     int status = safetensors_save(path, list, (int)arrlen(list), err);
     free(path);
-    for (int i = 0; i < (int)arrlen(owned); i++) {
-        free(owned[i]);
-    }
-    arrfree(owned);
     arrfree(list);
+    named_free(named);
+    return status;
+}
+
+static int write_head(const char *dir, const Tensor *head, Err *err) {
+    Tensor t = *head;
+    t.name = "weight";
+    char *path = xprintf("%s/value_head.safetensors", dir);
+    int status = safetensors_save(path, &t, 1, err);
+    free(path);
     return status;
 }
 
 /* The identity: the AR starts by saying what the backbone's own stream says. Random weights would start near-orthogonal. */
-static int write_identity_head(const Staging *s, int D, Err *err) {
+static int write_identity_head(const char *dir, int D, Err *err) {
     float *w = xcalloc((size_t)D * (size_t)D, sizeof(float));
     for (int i = 0; i < D; i++) {
         w[(size_t)i * (size_t)D + (size_t)i] = 1;
     }
-    Tensor t = {.name = "weight", .dtype = DT_F32, .n_dims = 2, .shape = {D, D}, .data = w, .bytes = (size_t)D * (size_t)D * sizeof(float)};
-    char *path = xprintf("%s/value_head.safetensors", s->temp);
-    int status = safetensors_save(path, &t, 1, err);
-    free(path);
+    Tensor t = {.dtype = DT_F32, .n_dims = 2, .shape = {D, D}, .data = w, .bytes = (size_t)D * (size_t)D * sizeof(float)};
+    int status = write_head(dir, &t, err);
     free(w);
     return status;
 }
@@ -310,20 +271,41 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
     if (status != 0) {
         return -1;
     }
-    status = take_files(&s, m->dir, false, err);
+    status = take_files(s.temp, m->dir, false, err);
     if (status == 0) {
-        status = write_config(&s, m, layer + 1, err);
+        status = write_config(s.temp, m, layer + 1, err);
     }
     if (status == 0) {
-        status = write_blocks(&s, m, layer + 1, err);
+        Model cut = *m;
+        cut.config.n_layers = layer + 1;
+        cut.final_norm = (Tensor){0};
+        cut.lm_head = (Linear){0};
+        status = write_weights(s.temp, &cut, err);
     }
     if (status == 0) {
-        status = write_identity_head(&s, m->config.hidden_size, err);
+        status = write_identity_head(s.temp, m->config.hidden_size, err);
     }
     if (status == 0) {
-        status = save_sidecar(&s, sidecar, err);
+        status = save_sidecar(s.temp, sidecar, err);
     }
     return unstage(&s, status, err);
+}
+
+/* ------------------------------------------------------------------------------------------------ what was trained */
+
+int model_write(const char *dir, Model *m, const Linear *head, const Yaml *sidecar, Err *err) {
+    int status = 0;
+    if (m->lora.rank) {
+        status = lora_save(m, &m->lora, dir, err);
+    } else {
+        status = take_files(dir, m->dir, false, err);
+        status = status == 0 ? write_config(dir, m, m->config.n_layers, err) : -1;
+        status = status == 0 ? write_weights(dir, m, err) : -1;
+    }
+    if (status == 0 && head) {
+        status = write_head(dir, &head->w[0], err);
+    }
+    return status == 0 && sidecar ? save_sidecar(dir, sidecar, err) : status;
 }
 
 /* ------------------------------------------------------------------------------------------------ nla init */

@@ -71,6 +71,8 @@ static void attach(Model *m, const LoraConfig *c) {
 }
 
 void lora_new(Model *m, const LoraConfig *c, uint64_t seed) {
+    m->lora = *c;
+    m->lora.base = xstrdup(c->base ? c->base : m->dir);
     attach(m, c);
     Named *list = lora_tensors(m);
     for (int i = 0; i < (int)arrlen(list); i += 2) { /* A uniform in +-1/sqrt(I), B zero: it starts as nothing */
@@ -98,6 +100,8 @@ void lora_free(Model *m) {
             }
         }
     }
+    free(m->lora.base);
+    m->lora = (LoraConfig){0};
 }
 
 /* ------------------------------------------------------------------------------------------------ files */
@@ -119,7 +123,7 @@ static int read_modules(LoraConfig *c, const Json *j, Err *err) {
     return json_size(j, list) > 0 ? 0 : fail(err, "%s: target_modules is missing or empty", j->file);
 }
 
-int lora_config_load(LoraConfig *c, const char *dir, Err *err) {
+static int read_config(LoraConfig *c, const char *dir, Err *err) {
     *c = (LoraConfig){0};
     char *path = xprintf("%s/adapter_config.json", dir);
     File file;
@@ -180,17 +184,51 @@ static int read_adapters(Model *m, const char *dir, Err *err) {
     return status;
 }
 
-int lora_load(Model *m, const char *dir, LoraConfig *c, Err *err) {
-    if (lora_config_load(c, dir, err) != 0) {
+int lora_load(Model *m, const char *dir, Err *err) {
+    if (read_config(&m->lora, dir, err) != 0) {
         return -1;
     }
-    attach(m, c);
+    attach(m, &m->lora);
     return read_adapters(m, dir, err);
 }
 
-void lora_config_free(LoraConfig *c) {
-    free(c->base);
-    c->base = NULL;
+static bool is_dir(const char *path) {
+    struct stat st;
+    return path && stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+int adapted_load(Model *m, const char *dir, int blocks, Engine *engine, Err *err) {
+    char *config = xprintf("%s/adapter_config.json", dir), *base = NULL;
+    struct stat st;
+    bool adapter = stat(config, &st) == 0;
+    int status = 0;
+    LoraConfig c = {0};
+    free(config);
+    if (adapter && (status = read_config(&c, dir, err)) == 0) {
+        base = c.base && *c.base && *c.base != '/' ? xprintf("%s/%s", dir, c.base) : NULL;
+        const char *found = is_dir(c.base) ? c.base : is_dir(base) ? base : NULL;
+        status = found ? model_load(m, found, engine, err)
+                       : fail(err, "%s: its base model '%s' is not a directory here; write its path into base_model_name_or_path of "
+                              "adapter_config.json", dir, c.base ? c.base : "");
+    } else if (!adapter) {
+        status = model_load(m, dir, engine, err);
+    }
+    if (status == 0 && blocks > 0 && adapter) {
+        if (blocks > m->config.n_layers) {
+            status = fail(err, "%s: reads layer %d, its base model has %d layers", dir, blocks - 1, m->config.n_layers);
+        } else {
+            m->config.n_layers = blocks;
+        }
+    }
+    if (status == 0 && adapter) {
+        status = lora_load(m, dir, err);
+    }
+    if (status != 0) {
+        model_free(m);
+    }
+    free(base);
+    free(c.base);
+    return status;
 }
 
 int lora_save(Model *m, const LoraConfig *c, const char *dir, Err *err) {

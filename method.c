@@ -166,10 +166,10 @@ int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, E
 
 int verbalizer_open(Verbalizer *v, const char *dir, const char *sidecar, double scale, Engine *engine, Err *err) {
     *v = (Verbalizer){0};
-    if (model_load(&v->model, dir, engine, err) != 0) {
+    if (adapted_load(&v->model, dir, 0, engine, err) != 0) {
         return -1;
     }
-    v->tok = tokenizer_load(dir, err);
+    v->tok = tokenizer_load(v->model.dir, err);
     if (!v->tok || sidecar_load(&v->meta, sidecar ? sidecar : dir, err) != 0) {
         verbalizer_close(v);
         return -1;
@@ -306,13 +306,15 @@ static int shared_start(Reconstructor *r, Err *err) {
 
 int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, Engine *engine, Err *err) {
     *r = (Reconstructor){0};
-    if (model_load(&r->model, dir, engine, err) != 0) {
+    int status = sidecar_load(&r->meta, sidecar ? sidecar : dir, err);
+    if (status != 0 || adapted_load(&r->model, dir, r->meta.layer + 1, engine, err) != 0) {
+        sidecar_free(&r->meta);
         return -1;
     }
     r->model.final_norm = (Tensor){0}; /* left over in some checkpoints: an AR has neither */
     r->model.lm_head = (Linear){0};
-    r->tok = tokenizer_load(dir, err);
-    int status = r->tok ? sidecar_load(&r->meta, sidecar ? sidecar : dir, err) : -1;
+    r->tok = tokenizer_load(r->model.dir, err);
+    status = r->tok ? 0 : -1;
     if (status == 0 && !r->meta.ar) {
         status = fail(err, "%s: role is not ar", r->meta.path);
     }

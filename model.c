@@ -562,6 +562,7 @@ int model_load(Model *m, const char *dir, Engine *engine, Err *err) {
 }
 
 void model_free(Model *m) {
+    lora_free(m);
     free(m->block);
     free(m->dir);
     safetensors_close(&m->files);

@@ -407,10 +407,21 @@ typedef struct {
     Linear qkv, o, gate_up, down;
 } Block;
 
+enum { MODULES = 7 }; /* matrices of a block: q, k, v, o, gate, up, down */
+
+typedef struct {
+    int rank;
+    double alpha;
+    bool rslora;          /* scale alpha / sqrt(rank) instead of alpha / rank */
+    bool module[MODULES]; /* which matrices of every block */
+    char *base;           /* owned: base_model_name_or_path, or NULL */
+} LoraConfig;
+
 typedef struct {
     Config config;
     Safetensors files;
     char *dir;
+    LoraConfig lora;   /* rank 0: no adapters */
     Tensor embed;      /* [V,D] */
     Tensor final_norm; /* data NULL when absent (an AR has none) */
     Linear lm_head;    /* n = 0 when absent */
@@ -433,7 +444,6 @@ Named *model_tensors(Model *m);
 Named *lora_tensors(Model *m);
 void named_free(Named *list);
 
-enum { MODULES = 7 }; /* matrices of a block: q, k, v, o, gate, up, down */
 Linear *block_linear(Block *b, int module, int *place); /* the stack that holds one, and its place there */
 const char *module_name(int module);                    /* "self_attn.q_proj" */
 
@@ -497,24 +507,16 @@ void batch_free(Batch *batch);
 /* Appends n tokens to segment `seg`; want_logits: 0 none, 1 of the last token, 2 of all. */
 void batch_add(Batch *batch, const Forest *forest, int seg, const int *token, int n, int want_logits);
 
-/* ---- adapters, in PEFT's layout (adapter_config.json, adapter_model.safetensors) */
-
-typedef struct {
-    int rank;
-    double alpha;
-    bool rslora;          /* scale alpha / sqrt(rank) instead of alpha / rank */
-    bool module[MODULES]; /* which matrices of every block */
-    char *base;           /* owned: base_model_name_or_path, or NULL */
-} LoraConfig;
+/* ---- adapters, in PEFT's layout (adapter_config.json, adapter_model.safetensors); model_free takes them off */
 
 double lora_scale(const LoraConfig *c);
 int lora_modules(LoraConfig *c, const char *list, Err *err);    /* "q,v" or "q_proj,v_proj" -> module[] */
-void lora_new(Model *m, const LoraConfig *c, uint64_t seed);    /* A random, B zero: they change nothing yet */
-int lora_config_load(LoraConfig *c, const char *dir, Err *err); /* lora_config_free also after an error */
-int lora_load(Model *m, const char *dir, LoraConfig *c, Err *err);
+void lora_new(Model *m, const LoraConfig *c, uint64_t seed);    /* A random, B zero: they change nothing yet. m->lora = *c */
+int lora_load(Model *m, const char *dir, Err *err);
 int lora_save(Model *m, const LoraConfig *c, const char *dir, Err *err);
-void lora_config_free(LoraConfig *c);
-void lora_free(Model *m); /* takes the adapters off */
+void lora_free(Model *m);
+/* A model directory, or an adapter's: its base (as named, or beside the adapter) with the adapter on it. blocks > 0: only that many. */
+int adapted_load(Model *m, const char *dir, int blocks, Engine *engine, Err *err);
 
 /* What happens along a forward pass, for capture, dump and parity. `seen` gets every module's output, [rows, width], still
  * in the engine. Modules carry HF's names: "model.embed_tokens", "self_attn", "mlp" and "" (the block itself: the residual
@@ -859,6 +861,9 @@ void keep_logprobs(void *context, const float *logp, float *dlogp, int first, in
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */
 int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err);
 int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Err *err);
+/* Writes a trained model into the existing directory `dir`: its adapters in PEFT's layout when it has some, else a Hugging Face
+ * directory of its weights as they are in memory; with the value head and the sidecar when they are given. */
+int model_write(const char *dir, Model *m, const Linear *head, const Yaml *sidecar, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ pages to look at */
 

@@ -100,10 +100,8 @@ static void open_av(AvRows *r, const Case *c, bool lora, Passes passes) {
     snprintf(path, sizeof path, "%s/av", c->dir);
     cr_assert(verbalizer_open(&r->av, path, NULL, NAN, c->engine, &err) == 0, "%s", err.msg);
     if (lora) {
-        LoraConfig config;
         snprintf(path, sizeof path, "%s/lora_av", c->dir);
-        cr_assert(lora_load(&r->av.model, path, &config, &err) == 0, "%s", err.msg);
-        lora_config_free(&config);
+        cr_assert(lora_load(&r->av.model, path, &err) == 0, "%s", err.msg);
     }
     r->pass = (AvPass){.av = &r->av, .passes = passes};
     for (int i = 0; i < ROWS; i++) {
@@ -127,7 +125,6 @@ static void close_av(AvRows *r) {
     for (int i = 0; i < ROWS; i++) {
         arrfree(r->response[i]);
     }
-    lora_free(&r->av.model);
     verbalizer_close(&r->av);
 }
 
@@ -214,17 +211,14 @@ static void open_ar(ArRows *r, const Case *c, bool lora, Passes passes) {
     snprintf(path, sizeof path, "%s/ar", c->dir);
     cr_assert(reconstructor_open(&r->ar, path, NULL, c->engine, &err) == 0, "%s", err.msg);
     if (lora) {
-        LoraConfig config;
         snprintf(path, sizeof path, "%s/lora_ar", c->dir);
-        cr_assert(lora_load(&r->ar.model, path, &config, &err) == 0, "%s", err.msg);
-        lora_config_free(&config);
+        cr_assert(lora_load(&r->ar.model, path, &err) == 0, "%s", err.msg);
     }
     r->pass = (ArPass){.ar = &r->ar, .passes = passes};
 }
 
 static void close_ar(ArRows *r) {
     ar_pass_close(&r->pass);
-    lora_free(&r->ar.model);
     reconstructor_close(&r->ar);
 }
 
