@@ -1,0 +1,1222 @@
+/* run.c - a training run: its settings, the steps of the three stages (AV and AR warm starts, RL), held-out evaluation,
+ * metrics. What a step computes is in train.c; what is kept of it on disk in checkpoint.c.
+ *
+ * A step depends on (settings, step number, weights, moments) alone: the rows of step s and all random numbers are keyed by s,
+ * so a run that goes on from a checkpoint is the run that was never interrupted.
+ */
+#define _GNU_SOURCE /* memmem's family through nla.h */
+#include "nla.h"
+
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <stb/stb_ds.h>
+
+/* ------------------------------------------------------------------------------------------------ settings */
+
+typedef enum { KEY_TEXT, KEY_COUNT, KEY_NUMBER, KEY_FLAG } KeyKind;
+
+typedef struct {
+    const char *name;
+    KeyKind kind;
+    size_t place;
+    const char *stages; /* of v (av), r (ar), l (rl) */
+    const char *help;
+} Key;
+
+#define KEY(field) offsetof(RunSettings, field)
+
+static const Key keys[] = {
+    {"out", KEY_TEXT, KEY(out), "vrl", "directory of the run: settings, metrics, checkpoints"},
+    {"av", KEY_TEXT, KEY(av), "vrl", "the AV to train, or to read with (ar: not used)"},
+    {"ar", KEY_TEXT, KEY(ar), "vrl", "the AR to train (av: only for FVE at evaluations)"},
+    {"data", KEY_TEXT, KEY(data), "vrl", "dataset of the rows to train on; av and ar need explanations in it"},
+    {"eval", KEY_TEXT, KEY(eval), "vrl", "dataset of held-out rows"},
+    {"steps", KEY_COUNT, KEY(steps), "vrl", "updates (default 100)"},
+    {"batch", KEY_COUNT, KEY(batch), "vr", "rows of a step (default 16)"},
+    {"vectors", KEY_COUNT, KEY(vectors), "l", "vectors of a step (default 8)"},
+    {"samples", KEY_COUNT, KEY(samples), "l", "texts drawn for each (default 8)"},
+    {"micro", KEY_COUNT, KEY(micro), "vrl", "rows, or rl's vectors, computed at a time (default 16, rl 4)"},
+    {"lr", KEY_NUMBER, KEY(lr), "vrl", "highest learning rate (default 2e-5; adapters 2e-4)"},
+    {"lr_final", KEY_NUMBER, KEY(lr_final), "vrl", "where the cosine ends (default lr / 10); equal to lr: constant"},
+    {"ar_lr", KEY_NUMBER, KEY(ar_lr), "l", "of the AR (default 5 lr)"},
+    {"warmup", KEY_COUNT, KEY(warmup), "vrl", "steps to the highest rate (default steps / 20)"},
+    {"clip", KEY_NUMBER, KEY(clip), "vrl", "largest norm of the gradient (default 1)"},
+    {"weight_decay", KEY_NUMBER, KEY(decay), "vrl", "AdamW's (default 0)"},
+    {"moments", KEY_TEXT, KEY(moments), "vrl", "f32, or bf16 rounded stochastically (default f32)"},
+    {"recompute", KEY_FLAG, KEY(recompute), "vrl", "run blocks twice instead of keeping what they computed"},
+    {"lora_rank", KEY_COUNT, KEY(lora_rank), "vrl", "train adapters of this rank (default 0: all weights)"},
+    {"lora_alpha", KEY_NUMBER, KEY(lora_alpha), "vrl", "their alpha (default rank)"},
+    {"lora_rslora", KEY_FLAG, KEY(lora_rslora), "vrl", "scale alpha / sqrt(rank) instead of alpha / rank"},
+    {"lora_modules", KEY_TEXT, KEY(lora_modules), "vrl", "on which of q,k,v,o,gate,up,down (default all)"},
+    {"max_tokens", KEY_COUNT, KEY(max_tokens), "vrl", "longest text drawn (default 150)"},
+    {"kl", KEY_NUMBER, KEY(kl), "l", "coefficient of the KL to the starting AV (default 0.01)"},
+    {"kl_estimator", KEY_COUNT, KEY(kl_estimator), "l", "3, 2 or 1 (default 3: k3)"},
+    {"clip_ratio", KEY_NUMBER, KEY(clip_ratio), "l", "of the policy's ratio (default 0.2)"},
+    {"updates", KEY_COUNT, KEY(updates), "l", "AV updates on one set of texts (default 1)"},
+    {"log_mse", KEY_FLAG, KEY(log_mse), "l", "reward -log(mse_nrm) instead of -mse_nrm"},
+    {"length_penalty", KEY_NUMBER, KEY(length_penalty), "l", "taken off the reward for each token (default 0)"},
+    {"freeze_ar", KEY_FLAG, KEY(freeze_ar), "l", "leave the AR as it is (a control: FVE then stays flat)"},
+    {"permute", KEY_FLAG, KEY(permute), "vrl", "train on vectors of other rows (the control that can only learn style)"},
+    {"eval_every", KEY_COUNT, KEY(eval_every), "vrl", "steps between evaluations (default steps / 10)"},
+    {"eval_rows", KEY_COUNT, KEY(eval_rows), "vrl", "held-out rows of one (default 64)"},
+    {"save_every", KEY_COUNT, KEY(save_every), "vrl", "steps between checkpoints (default steps / 10)"},
+    {"keep", KEY_COUNT, KEY(keep), "vrl", "latest checkpoints kept, beside the best (default 2)"},
+    {"seed", KEY_COUNT, KEY(seed), "vrl", "of everything random (default 0)"},
+};
+enum { KEYS = sizeof keys / sizeof *keys };
+
+static const char *const stage_names[] = {"av", "ar", "rl"};
+static const char stage_letters[] = "vrl";
+
+static const Key *find_key(const char *name, size_t len, Stage stage, Err *err) {
+    char *given = xstrndup(name, len);
+    const Key *nearest = NULL, *found = NULL;
+    int least = 4;
+    for (int i = 0; i < KEYS; i++) {
+        if (!strchr(keys[i].stages, stage_letters[stage])) {
+            continue;
+        }
+        int d = edit_distance(given, keys[i].name);
+        found = d == 0 ? &keys[i] : found;
+        nearest = d < least ? &keys[i] : nearest;
+        least = d < least ? d : least;
+    }
+    if (!found) {
+        fail(err, "train %s has no setting '%s'%s%s%s; see: nla help train", stage_names[stage], given, nearest ? " (did you mean " : "",
+             nearest ? nearest->name : "", nearest ? "?)" : "");
+    }
+    free(given);
+    return found;
+}
+
+/* Takes a copy of the text. */
+static int set_key(RunSettings *r, const Key *k, const char *text, const char *where, Err *err) {
+    void *place = (char *)r + k->place;
+    char *end = NULL;
+    double n = strtod(text, &end);
+    bool number = *text && !*end && isfinite(n);
+    if (k->kind == KEY_TEXT) {
+        free(*(char **)place);
+        *(char **)place = xstrdup(text);
+    } else if (k->kind == KEY_FLAG) {
+        bool yes = strcmp(text, "true") == 0 || strcmp(text, "1") == 0, no = strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
+        if (!yes && !no) {
+            return fail(err, "%s: %s is true or false, not '%s'", where, k->name, text);
+        }
+        *(bool *)place = yes;
+    } else if (!number || n < 0 || (k->kind == KEY_COUNT && (n != floor(n) || n > 2e9))) {
+        return fail(err, "%s: %s is a %s, not '%s'", where, k->name, k->kind == KEY_COUNT ? "whole number" : "number from 0 on", text);
+    } else if (k->kind == KEY_COUNT) {
+        *(int *)place = (int)n;
+    } else {
+        *(double *)place = n;
+    }
+    return 0;
+}
+
+static int read_config(RunSettings *r, Stage stage, const char *path, Err *err) {
+    Yaml *y = yaml_load(path, err);
+    int status = y ? 0 : -1;
+    for (int i = 0; y && i < (int)arrlen(y->item) && status == 0; i++) {
+        if (strcmp(y->key[i], "stage") == 0) { /* settings.yaml of a run says it */
+            continue;
+        }
+        const Key *k = find_key(y->key[i], strlen(y->key[i]), stage, err);
+        if (!k) {
+            char message[sizeof err->msg];
+            snprintf(message, sizeof message, "%s", err->msg);
+            err->msg[0] = 0;
+            status = fail(err, "%s: %.900s", path, message);
+        } else if (y->item[i]->kind != YAML_SCALAR) {
+            status = fail(err, "%s: %s must be one value", path, k->name);
+        } else {
+            status = set_key(r, k, y->item[i]->text, path, err);
+        }
+    }
+    yaml_free(y);
+    return status;
+}
+
+static void set_defaults(RunSettings *r, Stage stage) {
+    bool lora = r->lora_rank > 0;
+    r->steps = r->steps ? r->steps : 100;
+    r->batch = r->batch ? r->batch : 16;
+    r->vectors = r->vectors ? r->vectors : 8;
+    r->samples = r->samples ? r->samples : 8;
+    r->micro = r->micro ? r->micro : stage == STAGE_RL ? 4 : 16;
+    r->lr = r->lr > 0 ? r->lr : lora ? 2e-4 : 2e-5;
+    r->lr_final = r->lr_final >= 0 ? r->lr_final : r->lr / 10;
+    r->ar_lr = r->ar_lr > 0 ? r->ar_lr : 5 * r->lr;
+    r->warmup = r->warmup >= 0 ? r->warmup : (r->steps + 19) / 20;
+    r->lora_alpha = r->lora_alpha > 0 ? r->lora_alpha : r->lora_rank;
+    r->max_tokens = r->max_tokens ? r->max_tokens : 150;
+    r->updates = r->updates ? r->updates : 1;
+    r->eval_every = r->eval_every ? r->eval_every : (r->steps + 9) / 10;
+    r->eval_rows = r->eval_rows ? r->eval_rows : 64;
+    r->save_every = r->save_every ? r->save_every : (r->steps + 9) / 10;
+    r->keep = r->keep ? r->keep : 2;
+}
+
+static int check_settings(const RunSettings *r, Stage stage, Err *err) {
+    const struct {
+        const char *value, *name;
+        bool wanted;
+    } paths[] = {{r->out, "out", true}, {r->data, "data", true}, {r->av, "av", stage != STAGE_AR}, {r->ar, "ar", stage != STAGE_AV}};
+    for (int i = 0; i < 4; i++) {
+        if (paths[i].wanted && !paths[i].value) {
+            return fail(err, "train %s needs %s=PATH, in --config or behind it", stage_names[stage], paths[i].name);
+        }
+    }
+    if (r->moments && strcmp(r->moments, "f32") != 0 && strcmp(r->moments, "bf16") != 0) {
+        return fail(err, "moments is f32 or bf16, not '%s'", r->moments);
+    }
+    if (r->kl_estimator < 1 || r->kl_estimator > 3) {
+        return fail(err, "kl_estimator is 1, 2 or 3, not %d", r->kl_estimator);
+    }
+    if (stage == STAGE_RL && r->samples < 2) {
+        return fail(err, "samples=%d: the advantage compares the texts of one vector, so there must be two or more", r->samples);
+    }
+    return 0;
+}
+
+int run_settings_read(RunSettings *r, Stage stage, const char *config, const char *const *given, int n, Err *err) {
+    *r = (RunSettings){.lr_final = -1, .warmup = -1, .clip = 1, .kl = 0.01, .kl_estimator = 3, .clip_ratio = 0.2};
+    int status = config ? read_config(r, stage, config, err) : 0;
+    for (int i = 0; i < n && status == 0; i++) {
+        const char *equals = strchr(given[i], '=');
+        const Key *k = equals ? find_key(given[i], (size_t)(equals - given[i]), stage, err) : NULL;
+        if (!equals) {
+            status = fail(err, "'%s' is not a setting; they are written key=value", given[i]);
+        } else {
+            status = k ? set_key(r, k, equals + 1, "the command line", err) : -1;
+        }
+    }
+    if (status == 0) {
+        set_defaults(r, stage);
+        status = check_settings(r, stage, err);
+    }
+    return status;
+}
+
+void run_settings_free(RunSettings *r) {
+    for (int i = 0; i < KEYS; i++) {
+        if (keys[i].kind == KEY_TEXT) {
+            free(*(char **)((char *)r + keys[i].place));
+        }
+    }
+    *r = (RunSettings){0};
+}
+
+int run_settings_save(const RunSettings *r, Stage stage, const char *path, Err *err) {
+    Yaml *y = yaml_new(YAML_MAP);
+    yaml_set(y, "stage", stage_names[stage], false);
+    for (int i = 0; i < KEYS; i++) {
+        const void *place = (const char *)r + keys[i].place;
+        char text[64];
+        if (!strchr(keys[i].stages, stage_letters[stage]) || (keys[i].kind == KEY_TEXT && !*(char *const *)place)) {
+            continue;
+        }
+        if (keys[i].kind == KEY_TEXT) {
+            yaml_set(y, keys[i].name, *(char *const *)place, true);
+            continue;
+        }
+        snprintf(text, sizeof text, "%.17g", keys[i].kind == KEY_NUMBER ? *(const double *)place : keys[i].kind == KEY_COUNT ? *(const int *)place : 0);
+        yaml_set(y, keys[i].name, keys[i].kind == KEY_FLAG ? (*(const bool *)place ? "true" : "false") : text, false);
+    }
+    int status = yaml_save(y, path, err);
+    yaml_free(y);
+    return status;
+}
+
+void run_settings_help(FILE *out) {
+    fputs("\nsettings (in the config file, or key=value on the command line); av, ar, rl: the stages that have them\n\n", out);
+    for (int i = 0; i < KEYS; i++) {
+        char stages[16] = "";
+        for (int j = 0; j < 3; j++) {
+            if (strchr(keys[i].stages, stage_letters[j])) {
+                snprintf(stages + strlen(stages), sizeof stages - strlen(stages), "%s%s", *stages ? " " : "", stage_names[j]);
+            }
+        }
+        fprintf(out, "  %-16s %-9s %s\n", keys[i].name, stages, keys[i].help);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ opening */
+
+static volatile sig_atomic_t stop_asked;
+
+static void ask_stop(int signal_number) {
+    (void)signal_number;
+    stop_asked = 1;
+}
+
+static Schedule schedule_of(const RunSettings *s, double peak) {
+    return (Schedule){.adamw = {0.9f, 0.95f, 1e-8f, (float)s->decay}, .peak = peak, .final = s->lr_final * peak / s->lr,
+                      .warmup = s->warmup, .total = s->lr_final == s->lr ? 0 : s->steps, .clip = s->clip, .seed = (uint64_t)s->seed};
+}
+
+/* Rows that can train: finite vectors, and an explanation where the stage needs one. */
+static int choose_rows(Run *r, const Dataset *d, bool explained, int64_t **rows, Err *err) {
+    float *v = xmalloc((size_t)d->d_model * sizeof(float));
+    int status = explained && !d->line ? fail(err, "%s: has no rows.jsonl, so no explanations to learn from", d->path) : 0;
+    for (int64_t i = 0; i < d->n && status == 0; i++) {
+        dataset_vector(d, i, v);
+        double norm = vector_norm(v, d->d_model);
+        if (!isfinite(norm) || norm == 0) {
+            status = fail(err, "%s: the activation of row %lld is %s; take it out (nla data stats counts such rows)", d->path, (long long)i,
+                          norm == 0 ? "zero" : "not finite");
+        }
+        bool usable = !explained;
+        Json j;
+        if (explained && status == 0 && (status = dataset_row(d, i, &j, err)) == 0) {
+            usable = json_type(&j, json_get(&j, 0, "explanation")) == JSON_STRING;
+            json_free(&j);
+        }
+        if (usable && status == 0) {
+            arrput(*rows, i);
+        }
+    }
+    free(v);
+    if (status == 0 && arrlen(*rows) == 0) {
+        status = fail(err, "%s: holds no row%s to train on", d->path, explained ? " with an explanation" : "");
+    }
+    (void)r;
+    return status;
+}
+
+static int check_layer(const Run *r, const Sidecar *meta, const Dataset *d, Err *err) {
+    (void)r;
+    if (d->has_meta && d->meta.layer >= 0 && meta->layer >= 0 && d->meta.layer != meta->layer) {
+        return fail(err, "%s was captured at layer %d, %s reads layer %d", d->path, d->meta.layer, meta->path, meta->layer);
+    }
+    return d->d_model == meta->d_model ? 0
+                                       : fail(err, "%s: vectors have width %d, d_model of %s is %d", d->path, d->d_model, meta->path, meta->d_model);
+}
+
+static int add_adapters(const RunSettings *s, Model *m, uint64_t seed, Err *err) {
+    if (s->lora_rank == 0 || m->lora.rank) {
+        return 0; /* all weights, or the adapter that is there goes on */
+    }
+    LoraConfig c = {.rank = s->lora_rank, .alpha = s->lora_alpha, .rslora = s->lora_rslora};
+    if (lora_modules(&c, s->lora_modules ? s->lora_modules : "q,k,v,o,gate,up,down", err) != 0) {
+        return -1;
+    }
+    lora_new(m, &c, seed);
+    return 0;
+}
+
+/* Opens what the stage needs: from the checkpoint when there is one to go on from, else from the settings. */
+static int open_models(Run *r, const char *checkpoint, Err *err) {
+    const RunSettings *s = &r->s;
+    DType moments = s->moments && strcmp(s->moments, "bf16") == 0 ? DT_BF16 : DT_F32;
+    bool trains_av = r->stage != STAGE_AR, trains_ar = r->stage == STAGE_AR || (r->stage == STAGE_RL && !s->freeze_ar);
+    char *av = checkpoint && trains_av ? xprintf("%s/av", checkpoint) : s->av ? xstrdup(s->av) : NULL;
+    char *ar = checkpoint && trains_ar ? xprintf("%s/ar", checkpoint) : s->ar ? xstrdup(s->ar) : NULL;
+    int status = 0;
+    if (trains_av) {
+        status = verbalizer_open(&r->av, av, NULL, NAN, r->engine, err);
+        r->has_av = status == 0;
+    }
+    if (status == 0 && ar) {
+        status = reconstructor_open(&r->ar, ar, NULL, r->engine, err);
+        r->has_ar = status == 0;
+    }
+    if (status == 0 && r->stage == STAGE_RL) {
+        status = verbalizer_open(&r->ref, s->av, NULL, NAN, r->engine, err);
+        r->has_ref = status == 0;
+    }
+    Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
+    if (status == 0 && trains_av) {
+        status = add_adapters(s, &r->av.model, (uint64_t)s->seed, err);
+        status = status == 0 ? params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, moments, err) : -1;
+        r->av_pass = (AvPass){.av = &r->av, .passes = passes};
+        r->ref_pass = (AvPass){.av = &r->ref, .passes = FORWARD};
+    }
+    if (status == 0 && trains_ar) {
+        status = add_adapters(s, &r->ar.model, (uint64_t)s->seed + 1, err);
+        status = status == 0 ? params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, moments, err) : -1;
+    }
+    r->ar_pass = (ArPass){.ar = &r->ar, .passes = trains_ar ? passes : FORWARD};
+    free(av);
+    free(ar);
+    return status;
+}
+
+static int open_data(Run *r, Err *err) {
+    const RunSettings *s = &r->s;
+    const Sidecar *meta = r->has_av ? &r->av.meta : &r->ar.meta;
+    if (dataset_open(&r->data, s->data, err) != 0 || check_layer(r, meta, &r->data, err) != 0 ||
+        choose_rows(r, &r->data, r->stage != STAGE_RL, &r->rows, err) != 0) {
+        return -1;
+    }
+    if (s->eval && (dataset_open(&r->held, s->eval, err) != 0 || check_layer(r, meta, &r->held, err) != 0 ||
+                    choose_rows(r, &r->held, r->stage == STAGE_AR, &r->held_rows, err) != 0)) {
+        return -1;
+    }
+    if (r->has_av && r->has_ar && r->av.meta.d_model != r->ar.meta.d_model) {
+        return fail(err, "%s has d_model %d, %s has %d", r->av.meta.path, r->av.meta.d_model, r->ar.meta.path, r->ar.meta.d_model);
+    }
+    return 0;
+}
+
+static void close_run(Run *r) {
+    av_pass_close(&r->av_pass);
+    av_pass_close(&r->ref_pass);
+    ar_pass_close(&r->ar_pass);
+    params_close(&r->av_params);
+    params_close(&r->ar_params);
+    if (r->has_av) {
+        verbalizer_close(&r->av);
+    }
+    if (r->has_ref) {
+        verbalizer_close(&r->ref);
+    }
+    if (r->has_ar) {
+        reconstructor_close(&r->ar);
+    }
+    if (r->data.path) {
+        dataset_close(&r->data);
+    }
+    if (r->held.path) {
+        dataset_close(&r->held);
+    }
+    if (r->metrics) {
+        fclose(r->metrics);
+    }
+    arrfree(r->rows);
+    arrfree(r->held_rows);
+    free(r->order);
+    run_settings_free(&r->s);
+    if (r->engine) {
+        r->engine->close(r->engine);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ rows of a step */
+
+/* The row at place `at` of the endless sequence of shuffled epochs. */
+static int64_t row_at(Run *r, int64_t at) {
+    int64_t n = arrlen(r->rows), epoch = at / n;
+    if (!r->order || r->epoch != epoch) {
+        r->order = r->order ? r->order : xmalloc((size_t)n * sizeof(int64_t));
+        r->epoch = epoch;
+        for (int64_t i = 0; i < n; i++) {
+            r->order[i] = r->rows[i];
+        }
+        for (int64_t i = n - 1; i > 0; i--) {
+            int64_t j = (int64_t)(random_uniform((uint64_t)r->s.seed, (uint64_t)epoch, (uint64_t)i, 11) * (double)(i + 1)), swap = r->order[i];
+            r->order[i] = r->order[j];
+            r->order[j] = swap;
+        }
+    }
+    return r->order[at % n];
+}
+
+/* Whose vector stands at a row: its own, or in the control that of another row, the same one every time. */
+static int64_t vector_row(const Run *r, const int64_t *rows, int64_t row) {
+    int64_t n = arrlen(rows);
+    if (!r->s.permute || n < 2) {
+        return row;
+    }
+    int64_t at = (int64_t)(random_uniform((uint64_t)r->s.seed, (uint64_t)row, 0, 12) * (double)n);
+    return rows[at] == row ? rows[(at + 1) % n] : rows[at];
+}
+
+static char *explanation_at(const Dataset *d, int64_t row, size_t *len, Err *err) {
+    Json j;
+    if (dataset_row(d, row, &j, err) != 0) {
+        return NULL;
+    }
+    char *text = json_string(&j, json_get(&j, 0, "explanation"), len);
+    json_free(&j);
+    return text;
+}
+
+/* Vectors and texts of n rows. */
+typedef struct {
+    int n, D;
+    float *vector; /* [n, D] */
+    char **text;   /* [n] */
+    size_t *len;
+    int64_t *row;
+} Rows;
+
+static void rows_free(Rows *x) {
+    for (int i = 0; i < x->n; i++) {
+        free(x->text[i]);
+    }
+    free(x->text);
+    free(x->len);
+    free(x->row);
+    free(x->vector);
+}
+
+static int rows_read(Rows *x, const Run *r, const Dataset *d, const int64_t *all, const int64_t *row, int n, bool texts, Err *err) {
+    *x = (Rows){.n = n, .D = d->d_model};
+    x->vector = xmalloc((size_t)n * (size_t)x->D * sizeof(float));
+    x->text = xcalloc((size_t)n, sizeof(char *));
+    x->len = xcalloc((size_t)n, sizeof(size_t));
+    x->row = xcalloc((size_t)n, sizeof(int64_t));
+    for (int i = 0; i < n; i++) {
+        x->row[i] = row[i];
+        dataset_vector(d, vector_row(r, all, row[i]), x->vector + (size_t)i * (size_t)x->D);
+        if (texts && !(x->text[i] = explanation_at(d, row[i], &x->len[i], err))) {
+            return fail(err, "%s: row %lld has no explanation", d->path, (long long)row[i]);
+        }
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ AV and AR steps */
+
+typedef struct {
+    double sum;
+    double weight; /* 1 / tokens of the whole step */
+} CrossEntropy;
+
+static void cross_entropy(void *context, const float *logp, float *dlogp, int first, int n) {
+    CrossEntropy *x = context;
+    (void)first;
+    for (int i = 0; i < n; i++) {
+        x->sum -= x->weight * (double)logp[i];
+        dlogp[i] = (float)-x->weight;
+    }
+}
+
+/* Mean cross entropy over the tokens of all responses, some rows at a time. grad NULL: no gradient. */
+static int responses_loss(Run *r, const Rows *x, const Model *grad, double *loss, int64_t *tokens, Err *err) {
+    int **response = xcalloc((size_t)x->n, sizeof(int *)), *length = xcalloc((size_t)x->n, sizeof(int)), status = 0;
+    AvGroup *group = xcalloc((size_t)x->n, sizeof(AvGroup));
+    *tokens = 0;
+    for (int i = 0; i < x->n && status == 0; i++) {
+        status = av_response(&r->av, x->text[i], x->len[i], &response[i], err);
+        length[i] = (int)arrlen(response[i]);
+        *tokens += length[i];
+        group[i] = (AvGroup){x->vector + (size_t)i * (size_t)x->D, x->row[i], (const int *const *)&response[i], &length[i], 1};
+    }
+    CrossEntropy c = {.weight = 1.0 / (double)(*tokens ? *tokens : 1)};
+    TokenLoss each = {&c, cross_entropy};
+    for (int i = 0; i < x->n && status == 0; i += r->s.micro) {
+        status = av_pass(&r->av_pass, group + i, x->n - i < r->s.micro ? x->n - i : r->s.micro, &each, grad, err);
+    }
+    *loss = c.sum;
+    for (int i = 0; i < x->n; i++) {
+        arrfree(response[i]);
+    }
+    free(response);
+    free(length);
+    free(group);
+    return status;
+}
+
+static int texts_loss(Run *r, char *const *text, const size_t *len, const float *gold, int n, bool train, double *mse, Err *err) {
+    int D = r->ar.model.config.hidden_size, status = 0, micro = r->stage == STAGE_RL ? r->s.micro * r->s.samples : r->s.micro;
+    for (int i = 0; i < n && status == 0; i += micro) {
+        status = ar_pass(&r->ar_pass, (const char *const *)text + i, len + i, gold + (size_t)i * (size_t)D, n - i < micro ? n - i : micro,
+                         1.0 / n, mse + i, train ? &r->ar_params : NULL, err);
+    }
+    return status;
+}
+
+static double mean(const double *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        sum += x[i] / n;
+    }
+    return sum;
+}
+
+/* Applies an update, or counts it as skipped: a loss or a gradient that is not finite changes nothing. */
+static void update(Run *r, Params *p, double peak, double loss, double *norm) {
+    Schedule schedule = schedule_of(&r->s, peak);
+    Engine *e = r->engine;
+    bool good = isfinite(loss);
+    if (!good) {
+        e->zero(e, p->grad, p->count);
+        *norm = NAN;
+    } else {
+        good = params_step(p, &schedule, norm);
+    }
+    r->skipped += !good;
+    r->skipped_in_row = good ? 0 : r->skipped_in_row + 1;
+}
+
+static int step_sft(Run *r, Measures *m, Err *err) {
+    const RunSettings *s = &r->s;
+    int64_t *row = xcalloc((size_t)s->batch, sizeof(int64_t));
+    for (int i = 0; i < s->batch; i++) {
+        row[i] = row_at(r, (r->step - 1) * s->batch + i);
+    }
+    Rows x;
+    int status = rows_read(&x, r, &r->data, r->rows, row, s->batch, true, err);
+    double loss = 0, norm = 0, *mse = xcalloc((size_t)s->batch, sizeof(double));
+    int64_t tokens = 0;
+    if (status == 0 && r->stage == STAGE_AV) {
+        status = responses_loss(r, &x, &r->av_params.gradient, &loss, &tokens, err);
+    } else if (status == 0) {
+        status = texts_loss(r, x.text, x.len, x.vector, x.n, true, mse, err);
+        loss = mean(mse, x.n);
+        for (int i = 0; i < x.n; i++) {
+            tokens += (int64_t)x.len[i]; /* bytes: the AR's rows are texts */
+        }
+    }
+    if (status == 0) {
+        update(r, r->stage == STAGE_AV ? &r->av_params : &r->ar_params, s->lr, loss, &norm);
+        measure(m, "loss", loss);
+        measure(m, "grad_norm", norm);
+        measure(m, "lr", learning_rate(&(Schedule){.peak = s->lr, .final = s->lr_final, .warmup = s->warmup, .total = s->lr_final == s->lr ? 0 : s->steps},
+                                       r->step));
+        m->work = (double)tokens;
+    }
+    free(mse);
+    free(row);
+    rows_free(&x);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ the RL step */
+
+/* What a step draws: texts in vector order, G each. */
+typedef struct {
+    int n;            /* P * G */
+    Rows x;           /* the P vectors */
+    Decoder d;
+    int **token;      /* [n]: what was drawn, the end token included */
+    int *length;
+    char **text;      /* [n]: the explanation, NULL: failed or truncated */
+    size_t *len;
+    double *mse, *reward, *advantage;
+    float *old, *ref, *advantages, *weight; /* [tokens] */
+    int tokens, failed, truncated;
+    AvGroup *group;   /* [P] */
+} Rollouts;
+
+static void rollouts_free(Rollouts *o) {
+    for (int i = 0; i < o->n; i++) {
+        if (o->token) {
+            arrfree(o->token[i]);
+        }
+        if (o->text) {
+            free(o->text[i]);
+        }
+    }
+    free(o->token);
+    free(o->length);
+    free(o->text);
+    free(o->len);
+    free(o->mse);
+    free(o->reward);
+    free(o->advantage);
+    free(o->old);
+    free(o->ref);
+    free(o->advantages);
+    free(o->weight);
+    free(o->group);
+    decoder_free(&o->d);
+    rows_free(&o->x);
+}
+
+/* 1: draws the texts, keeping every token's log-probability. A text counts when it ended by itself with both tags. */
+static int roll_out(Run *r, Rollouts *o, Err *err) {
+    const RunSettings *s = &r->s;
+    int P = s->vectors, G = s->samples;
+    int64_t *row = xcalloc((size_t)P, sizeof(int64_t));
+    for (int i = 0; i < P; i++) {
+        row[i] = row_at(r, (r->step - 1) * P + i);
+    }
+    int status = rows_read(&o->x, r, &r->data, r->rows, row, P, false, err);
+    free(row);
+    Decoding how = {.sampler = {.temperature = 1, .top_p = 1, .seed = random_key((uint64_t)s->seed, (uint64_t)r->step, 0, 13)},
+                    .max_tokens = s->max_tokens, .whole = true};
+    if (status != 0 || verbalize(&r->av, &o->d, o->x.vector, P, 0, G, &how, err) != 0) {
+        return -1;
+    }
+    o->n = P * G;
+    size_t n = (size_t)o->n;
+    o->token = xcalloc(n, sizeof(int *));
+    o->length = xcalloc(n, sizeof(int));
+    o->text = xcalloc(n, sizeof(char *));
+    o->len = xcalloc(n, sizeof(size_t));
+    o->group = xcalloc((size_t)P, sizeof(AvGroup));
+    for (int i = 0; i < o->n; i++) {
+        const Sample *x = &o->d.sample[i];
+        const char *start;
+        size_t len;
+        for (int t = 0; t < (int)arrlen(x->ids); t++) {
+            arrput(o->token[i], x->ids[t]);
+        }
+        if (x->ended) {
+            arrput(o->token[i], x->next);
+        }
+        o->length[i] = (int)arrlen(o->token[i]);
+        o->tokens += o->length[i];
+        bool explained = explanation_of(x->text, arrlenu(x->text), &start, &len);
+        if (x->ended && explained) {
+            o->text[i] = xstrndup(start, len);
+            o->len[i] = len;
+        }
+        o->truncated += !x->ended;
+        o->failed += x->ended && !explained;
+    }
+    for (int g = 0; g < P; g++) {
+        o->group[g] = (AvGroup){o->x.vector + (size_t)g * (size_t)o->x.D, o->x.row[g], (const int *const *)&o->token[g * G], &o->length[g * G], G};
+    }
+    return 0;
+}
+
+/* 2, 5: the live AR reads the texts. Their errors are the rewards; their gradient is the AR's own, in the same pass. */
+static int reward_texts(Run *r, Rollouts *o, double *ar_loss, Err *err) {
+    int D = o->x.D, G = r->s.samples, valid = 0, *place = xcalloc((size_t)o->n, sizeof(int));
+    char **text = xcalloc((size_t)o->n, sizeof(char *));
+    size_t *len = xcalloc((size_t)o->n, sizeof(size_t));
+    float *gold = xmalloc((size_t)o->n * (size_t)D * sizeof(float));
+    double *mse = xcalloc((size_t)o->n, sizeof(double));
+    o->mse = xcalloc((size_t)o->n, sizeof(double));
+    o->reward = xcalloc((size_t)o->n, sizeof(double));
+    o->advantage = xcalloc((size_t)o->n, sizeof(double));
+    for (int i = 0; i < o->n; i++) {
+        if (o->text[i]) {
+            memcpy(gold + (size_t)valid * (size_t)D, o->x.vector + (size_t)(i / G) * (size_t)D, (size_t)D * sizeof(float));
+            text[valid] = o->text[i];
+            len[valid] = o->len[i];
+            place[valid++] = i;
+        }
+    }
+    int status = texts_loss(r, text, len, gold, valid, !r->s.freeze_ar, mse, err);
+    *ar_loss = valid ? mean(mse, valid) : NAN;
+    for (int i = 0; i < o->n; i++) {
+        o->mse[i] = 2;
+    }
+    for (int i = 0; i < valid; i++) {
+        o->mse[place[i]] = mse[i];
+    }
+    Reward how = {r->s.log_mse, r->s.length_penalty};
+    for (int i = 0; i < o->n; i++) {
+        o->reward[i] = reward_of(&how, o->text[i] != NULL, o->mse[i], o->length[i]);
+    }
+    for (int g = 0; g < o->n; g += G) { /* 3 */
+        advantages(o->reward + g, G, o->advantage + g);
+    }
+    free(text);
+    free(len);
+    free(gold);
+    free(mse);
+    free(place);
+    return status;
+}
+
+/* What the loss needs of every token: when drawn, under the frozen AV, its sample's advantage and weight. */
+static int reference_texts(Run *r, Rollouts *o, Err *err) {
+    size_t n = (size_t)o->tokens;
+    o->old = xmalloc((n + 1) * sizeof(float));
+    o->ref = xmalloc((n + 1) * sizeof(float));
+    o->advantages = xmalloc((n + 1) * sizeof(float));
+    o->weight = xmalloc((n + 1) * sizeof(float));
+    for (int i = 0, at = 0; i < o->n; i++) {
+        for (int t = 0; t < o->length[i]; t++, at++) {
+            o->old[at] = o->d.sample[i].logprob[t];
+            o->advantages[at] = (float)o->advantage[i];
+            o->weight[at] = 1.0f / (float)((double)o->n * o->length[i]);
+        }
+    }
+    KeepLogprobs keep = {o->ref, 0};
+    TokenLoss each = {&keep, keep_logprobs};
+    int status = 0;
+    for (int g = 0; g < r->s.vectors && status == 0; g += r->s.micro) {
+        int groups = r->s.vectors - g < r->s.micro ? r->s.vectors - g : r->s.micro;
+        status = av_pass(&r->ref_pass, o->group + g, groups, &each, NULL, err);
+        for (int i = g * r->s.samples; i < (g + groups) * r->s.samples; i++) {
+            keep.at += o->length[i];
+        }
+    }
+    return status;
+}
+
+/* 4: one update of the policy on the drawn texts. */
+static int policy_update(Run *r, const Rollouts *o, double *policy, double *kl, double *norm, Err *err) {
+    const RunSettings *s = &r->s;
+    GrpoLoss x = {.how = {s->clip_ratio, s->kl, s->kl_estimator}, .old = o->old, .ref = o->ref, .advantage = o->advantages, .weight = o->weight};
+    TokenLoss each = {&x, grpo_tokens};
+    int status = 0;
+    for (int g = 0; g < s->vectors && status == 0; g += s->micro) {
+        int groups = s->vectors - g < s->micro ? s->vectors - g : s->micro;
+        status = av_pass(&r->av_pass, o->group + g, groups, &each, &r->av_params.gradient, err);
+        for (int i = g * s->samples; i < (g + groups) * s->samples; i++) {
+            x.at += o->length[i];
+        }
+    }
+    *policy = x.policy;
+    *kl = x.kl;
+    if (status == 0) {
+        update(r, &r->av_params, s->lr, x.policy + s->kl * x.kl, norm);
+    }
+    return status;
+}
+
+static int step_rl(Run *r, Measures *m, Err *err) {
+    Rollouts o = {0};
+    double start = now(), ar_loss = 0, policy = 0, kl = 0, norm = 0, ar_norm = 0, length = 0;
+    int status = roll_out(r, &o, err);
+    double drawn = now();
+    status = status == 0 ? reward_texts(r, &o, &ar_loss, err) : -1;
+    double rewarded = now();
+    status = status == 0 ? reference_texts(r, &o, err) : -1;
+    double referred = now();
+    for (int u = 0; u < r->s.updates && status == 0; u++) {
+        status = policy_update(r, &o, &policy, &kl, &norm, err);
+    }
+    if (status == 0 && !r->s.freeze_ar && isfinite(ar_loss)) {
+        update(r, &r->ar_params, r->s.ar_lr, ar_loss, &ar_norm);
+    }
+    if (status == 0) {
+        Baseline base = {0};
+        double reward = mean(o.reward, o.n), spread = 0;
+        for (int i = 0; i < o.n; i++) {
+            spread += (o.reward[i] - reward) * (o.reward[i] - reward) / o.n;
+            length += (double)o.length[i] / o.n;
+        }
+        for (int i = 0; i < o.x.n; i++) {
+            baseline_add(&base, o.x.vector + (size_t)i * (size_t)o.x.D, o.x.D);
+        }
+        measure(m, "reward", reward);
+        measure(m, "reward_std", sqrt(spread));
+        measure(m, "mse_nrm", mean(o.mse, o.n));
+        measure(m, "ar_loss", ar_loss);
+        measure(m, "policy_loss", policy);
+        measure(m, "kl", kl);
+        measure(m, "tokens_mean", length);
+        measure(m, "failed", (double)o.failed / o.n);
+        measure(m, "truncated", (double)o.truncated / o.n);
+        measure(m, "grad_norm", norm);
+        measure(m, "ar_grad_norm", ar_norm);
+        measure(m, "lr", learning_rate(&(Schedule){.peak = r->s.lr, .final = r->s.lr_final, .warmup = r->s.warmup, .total = r->s.lr_final == r->s.lr ? 0 : r->s.steps},
+                                       r->av_params.step));
+        measure(m, "seconds_rollout", drawn - start);
+        measure(m, "seconds_reward_and_ar", rewarded - drawn);
+        measure(m, "seconds_reference", referred - rewarded);
+        measure(m, "seconds_policy", now() - referred);
+        m->work = o.tokens;
+        baseline_free(&base);
+    }
+    rollouts_free(&o);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ evaluation */
+
+/* 1 - mean / var, with the interval that the mean's standard error gives. */
+static void put_fve(FILE *out, const char *name, const double *mse, int n, double var, bool interval) {
+    double m = mean(mse, n), squares = 0;
+    for (int i = 0; i < n; i++) {
+        squares += (mse[i] - m) * (mse[i] - m);
+    }
+    double error = n > 1 ? 1.96 * sqrt(squares / (n - 1) / n) / var : NAN;
+    json_number(out, name, 1 - m / var);
+    if (interval) {
+        json_number(out, "low", 1 - m / var - error);
+        json_number(out, "high", 1 - m / var + error);
+    }
+}
+
+static double *errors_of(Run *r, char *const *text, const float *gold, int n, Err *err) {
+    int D = r->ar.model.config.hidden_size, valid = 0, *place = xcalloc((size_t)n, sizeof(int));
+    char **given = xcalloc((size_t)n, sizeof(char *));
+    size_t *len = xcalloc((size_t)n, sizeof(size_t));
+    float *target = xmalloc((size_t)n * (size_t)D * sizeof(float));
+    double *some = xcalloc((size_t)n, sizeof(double)), *mse = xcalloc((size_t)n, sizeof(double));
+    for (int i = 0; i < n; i++) {
+        mse[i] = 2;
+        if (text[i]) {
+            memcpy(target + (size_t)valid * (size_t)D, gold + (size_t)i * (size_t)D, (size_t)D * sizeof(float));
+            given[valid] = text[i];
+            len[valid] = strlen(text[i]);
+            place[valid++] = i;
+        }
+    }
+    int status = texts_loss(r, given, len, target, valid, false, some, err);
+    for (int i = 0; i < valid; i++) {
+        mse[place[i]] = some[i];
+    }
+    free(place);
+    free(given);
+    free(len);
+    free(target);
+    free(some);
+    if (status != 0) {
+        free(mse);
+        return NULL;
+    }
+    return mse;
+}
+
+/* What the AV says of each vector, read at temperature 0; NULL where it failed. */
+static int tell_rows(Run *r, const Rows *x, char **text, double *failed, double *tokens, Err *err) {
+    Decoding how = {.sampler = {.top_p = 1}, .max_tokens = r->s.max_tokens};
+    int status = 0;
+    *failed = *tokens = 0;
+    for (int i = 0; i < x->n && status == 0; i += 32) {
+        int n = x->n - i < 32 ? x->n - i : 32;
+        Decoder d;
+        status = verbalize(&r->av, &d, x->vector + (size_t)i * (size_t)x->D, n, 0, 1, &how, err);
+        for (int j = 0; j < n && status == 0; j++) {
+            const char *start;
+            size_t len;
+            bool found = explanation_of(d.sample[j].text, arrlenu(d.sample[j].text), &start, &len);
+            text[i + j] = found ? xstrndup(start, len) : NULL;
+            *failed += !found / (double)x->n;
+            *tokens += (double)arrlen(d.sample[j].ids) / x->n;
+        }
+        decoder_free(&d);
+    }
+    return status;
+}
+
+/* Each row's vector or text exchanged for the next one's: what a score is worth that does not depend on the row. */
+static float *rotated(const Rows *x) {
+    size_t D = (size_t)x->D, n = (size_t)x->n;
+    float *out = xmalloc(n * D * sizeof(float));
+    for (size_t i = 0; i < n; i++) {
+        memcpy(out + i * D, x->vector + (i + 1) % n * D, D * sizeof(float));
+    }
+    return out;
+}
+
+static void put_samples(FILE *out, const Run *r, const Rows *x, char *const *text, const double *mse) {
+    fputs("}, \"samples\": [", out);
+    for (int i = 0; i < x->n && i < 8; i++) {
+        Json j;
+        Err ignored = {0};
+        fprintf(out, "%s{\"row\": %lld", i ? ", " : "", (long long)x->row[i]);
+        if (r->held.line && dataset_row(&r->held, x->row[i], &j, &ignored) == 0) {
+            size_t len;
+            char *prefix = json_string(&j, json_get(&j, 0, "text"), &len);
+            if (prefix) {
+                fputs(", \"prefix\": ", out);
+                json_write_string(out, prefix, len);
+            }
+            free(prefix);
+            json_free(&j);
+        }
+        json_text(out, "explanation", text[i]);
+        json_number(out, "fve", 1 - mse[i] / r->var_nrm);
+        fputc('}', out);
+    }
+    fputc(']', out);
+}
+
+/* One line of the metrics: how the models do on held-out rows as they are now. */
+static int evaluate(Run *r, double *score, Err *err) {
+    int n = (int)(arrlen(r->held_rows) < r->s.eval_rows ? arrlen(r->held_rows) : r->s.eval_rows), status;
+    Rows x;
+    char *line = NULL, **text = xcalloc((size_t)n, sizeof(char *));
+    size_t len = 0;
+    FILE *out = open_memstream(&line, &len);
+    Run *held = r; /* the control's exchange of vectors is for training rows alone */
+    bool permute = r->s.permute, reads = r->stage != STAGE_AR && r->has_ar, has_text = r->stage != STAGE_RL && r->held.line;
+    r->s.permute = false;
+    status = rows_read(&x, held, &r->held, r->held_rows, r->held_rows, n, r->stage == STAGE_AR, err);
+    fprintf(out, "{\"step\": %lld, \"eval\": {\"rows\": %d", (long long)r->step, n);
+    *score = NAN;
+    if (status == 0 && r->stage == STAGE_AV && has_text) {
+        Rows y = {0};
+        double loss = 0, other = 0;
+        int64_t tokens;
+        Err none = {0};
+        float *turned = rotated(&x);
+        if (rows_read(&y, r, &r->held, r->held_rows, r->held_rows, n, true, &none) == 0) { /* held-out rows may lack explanations */
+            status = responses_loss(r, &y, NULL, &loss, &tokens, err);
+            float *own = y.vector;
+            y.vector = turned;
+            status = status == 0 ? responses_loss(r, &y, NULL, &other, &tokens, err) : -1;
+            y.vector = own;
+            json_number(out, "loss", loss);
+            json_number(out, "loss_permuted", other);
+            *score = -loss;
+        }
+        rows_free(&y);
+        free(turned);
+    }
+    double failed = 0, tokens = 0;
+    if (status == 0 && reads) {
+        status = tell_rows(r, &x, text, &failed, &tokens, err);
+        json_number(out, "failed", failed);
+        json_number(out, "tokens_mean", tokens);
+    }
+    for (int i = 0; i < n && r->stage == STAGE_AR && status == 0; i++) {
+        text[i] = xstrdup(x.text[i]);
+    }
+    if (status == 0 && r->has_ar) {
+        float *turned = rotated(&x);
+        double *mse = errors_of(r, text, x.vector, n, err), *other = mse ? errors_of(r, text, turned, n, err) : NULL;
+        status = other ? 0 : -1;
+        if (status == 0) {
+            put_fve(out, "fve", mse, n, r->var_nrm, true);
+            put_fve(out, "fve_permuted", other, n, r->var_nrm, false);
+            *score = 1 - mean(mse, n) / r->var_nrm;
+            put_samples(out, r, &x, text, mse);
+        }
+        free(turned);
+        free(mse);
+        free(other);
+    } else {
+        fputs("}", out);
+    }
+    fputs("}\n", out);
+    fclose(out);
+    if (status == 0) {
+        fwrite(line, 1, len, r->metrics);
+        fflush(r->metrics);
+    }
+    r->s.permute = permute;
+    for (int i = 0; i < n; i++) {
+        free(text[i]);
+    }
+    free(text);
+    free(line);
+    rows_free(&x);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ the run */
+
+void measure(Measures *m, const char *name, double value) {
+    if (m->n < (int)(sizeof m->value / sizeof *m->value)) {
+        m->name[m->n] = name;
+        m->value[m->n++] = value;
+    }
+}
+
+static void write_step(Run *r, const Measures *m, double seconds) {
+    fprintf(r->metrics, "{\"step\": %lld", (long long)r->step);
+    for (int i = 0; i < m->n; i++) {
+        json_number(r->metrics, m->name[i], m->value[i]);
+    }
+    json_number(r->metrics, "skipped", (double)r->skipped);
+    json_number(r->metrics, r->stage == STAGE_AR ? "bytes_per_s" : "tokens_per_s", m->work / seconds);
+    json_number(r->metrics, "seconds", seconds);
+    fputs("}\n", r->metrics);
+    fflush(r->metrics);
+}
+
+static void say_step(const Run *r, const Settings *s, const Measures *m, double start, int64_t from) {
+    double t = now(), done = (double)(r->step - from), left = (t - start) / done * (double)(r->s.steps - r->step);
+    bool last = r->step == r->s.steps;
+    if (s->quiet || (!last && t - r->spoke < (isatty(STDERR_FILENO) ? 0.5 : 10))) {
+        return;
+    }
+    ((Run *)r)->spoke = t;
+    fprintf(stderr, "train %s: step %lld of %d", stage_names[r->stage], (long long)r->step, r->s.steps);
+    for (int i = 0; i < m->n; i++) {
+        static const char *const shown[] = {"loss", "reward", "fve", "ar_loss", "kl", "tokens_mean", "failed", "truncated", "grad_norm"};
+        for (size_t j = 0; j < sizeof shown / sizeof *shown; j++) {
+            if (strcmp(m->name[i], shown[j]) == 0) {
+                fprintf(stderr, ", %s %.4g", m->name[i], m->value[i]);
+            }
+        }
+    }
+    fprintf(stderr, ", %.1f s a step, %.0f:%02d left\n", (t - start) / done, floor(left / 60), (int)fmod(left, 60));
+}
+
+static int one_step(Run *r, const Settings *s, double start, int64_t from, Err *err) {
+    Measures m = {0};
+    double began = now();
+    int status = r->stage == STAGE_RL ? step_rl(r, &m, err) : step_sft(r, &m, err);
+    if (status != 0) {
+        return -1;
+    }
+    for (int i = 0; i < m.n; i++) {
+        if (r->stage != STAGE_AV && strcmp(m.name[i], r->stage == STAGE_RL ? "mse_nrm" : "loss") == 0) {
+            measure(&m, "fve", 1 - m.value[i] / r->var_nrm);
+            break;
+        }
+    }
+    write_step(r, &m, now() - began);
+    say_step(r, s, &m, start, from);
+    if (r->skipped_in_row >= 10) {
+        return fail(err, "ten updates in a row were not finite and were skipped; lower lr (%g) or look at the data. The last checkpoint is intact",
+                    r->s.lr);
+    }
+    return 0;
+}
+
+static int train(Run *r, const Settings *s, Err *err) {
+    double start = now(), score;
+    int64_t from = r->step;
+    int status = 0;
+    if (r->held.path && r->step == 0) {
+        status = evaluate(r, &score, err);
+    }
+    while (status == 0 && r->step < r->s.steps && !stop_asked) {
+        r->step++;
+        status = one_step(r, s, start, from, err);
+        bool last = r->step == r->s.steps;
+        if (status == 0 && r->held.path && (r->step % r->s.eval_every == 0 || last)) {
+            status = evaluate(r, &score, err);
+            if (status == 0 && isfinite(score) && !(score <= r->best)) {
+                r->best = score;
+                r->best_step = r->step;
+            }
+        }
+        if (status == 0 && (r->step % r->s.save_every == 0 || last || stop_asked)) {
+            status = checkpoint_save(r, err);
+        }
+    }
+    if (status == 0) {
+        note(s, "%s/checkpoint-%lld: %s after %lld steps%s\n", r->s.out, (long long)r->step, stop_asked ? "stopped" : "done",
+             (long long)r->step, stop_asked ? "; go on with --resume" : "");
+    }
+    return status;
+}
+
+/* Leaves the lines of steps up to the one that is gone on from; a line cut short goes too. */
+static int open_metrics(Run *r, Err *err) {
+    char *path = xprintf("%s/metrics.jsonl", r->s.out), *text = NULL;
+    size_t len = 0;
+    File file;
+    Err none = {0};
+    FILE *kept = open_memstream(&text, &len);
+    if (r->step > 0 && file_map(&file, path, &none) == 0) {
+        for (const char *line = file.data, *end = file.data + file.len, *next; line < end; line = next) {
+            const char *newline = memchr(line, '\n', (size_t)(end - line));
+            Json j;
+            int64_t step = -1;
+            next = newline ? newline + 1 : end;
+            none.msg[0] = 0;
+            if (newline && json_parse(&j, line, (size_t)(newline - line), path, &none) == 0) {
+                json_int(&j, json_get(&j, 0, "step"), &step);
+                json_free(&j);
+            }
+            if (step >= 0 && step <= r->step) {
+                fwrite(line, 1, (size_t)(next - line), kept);
+            }
+        }
+        file_unmap(&file);
+    }
+    fclose(kept);
+    int status = file_write(path, text, len, err);
+    r->metrics = status == 0 ? fopen(path, "a") : NULL;
+    if (status == 0 && !r->metrics) {
+        status = fail(err, "%s: cannot write: %s", path, strerror(errno));
+    }
+    free(text);
+    free(path);
+    return status;
+}
+
+static void print_plan(Run *r) {
+    const RunSettings *s = &r->s;
+    Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
+    double total = 0;
+    struct {
+        const char *what;
+        double bytes;
+    } part[8];
+    int n = 0, samples = r->stage == STAGE_RL ? s->samples : 1;
+#define PART(name, count) part[n].what = (name), part[n++].bytes = (double)(count)
+    if (r->av_params.engine) {
+        PART("AV: trained weights, gradients, moments", r->av_params.bytes);
+        PART("AV: a microbatch's passes", av_pass_bytes(&r->av, s->micro, samples, s->max_tokens, passes));
+    }
+    if (r->has_ref) {
+        PART("reference AV: a microbatch's pass", av_pass_bytes(&r->ref, s->micro, samples, s->max_tokens, FORWARD));
+        PART("drawing texts", av_pass_bytes(&r->av, s->vectors, samples, s->max_tokens, FORWARD));
+    }
+    if (r->ar_params.engine) {
+        int rows = s->micro * samples * (s->max_tokens + 32);
+        PART("AR: trained weights, gradients, moments", r->ar_params.bytes);
+        PART("AR: a microbatch's passes", forest_bytes(&r->ar.model.config, r->ar.model.config.n_layers, rows, rows, passes));
+    }
+    for (int i = 0; i < n; i++) {
+        printf("%-44s %9.3f GB\n", part[i].what, part[i].bytes / 1e9);
+        total += part[i].bytes;
+    }
+    const Model *m = r->has_av ? &r->av.model : &r->ar.model;
+    double mapped = 0;
+    for (int i = 0; i < (int)arrlen(m->files.file); i++) {
+        mapped += (double)m->files.file[i].len;
+    }
+    printf("%-44s %9.3f GB\n", "weights, mapped", mapped / 1e9);
+    printf("%-44s %9.3f GB  (texts of up to %d tokens)\n", "in all", (total + mapped) / 1e9, s->max_tokens);
+}
+
+static int start_run(Run *r, const Settings *s, Err *err) {
+    char *checkpoint = NULL;
+    struct stat st;
+    if (s->resume) {
+        checkpoint = checkpoint_latest(r, err);
+        if (!checkpoint) {
+            return -1;
+        }
+    } else if (checkpoint_any(r->s.out)) {
+        return fail(err, "%s: holds checkpoints of a run; go on from them with --resume, or name another out", r->s.out);
+    }
+    int status = open_engine(&r->engine, s, err);
+    status = status == 0 ? open_models(r, checkpoint, err) : -1;
+    status = status == 0 ? open_data(r, err) : -1;
+    if (status == 0) {
+        const Dataset *d = r->held.path ? &r->held : &r->data;
+        const int64_t *rows = r->held.path ? r->held_rows : r->rows;
+        float *v = xmalloc((size_t)d->d_model * sizeof(float));
+        Baseline base = {0};
+        for (int64_t i = 0; i < arrlen(rows) && i < 4096; i++) {
+            dataset_vector(d, rows[i], v);
+            baseline_add(&base, v, d->d_model);
+        }
+        r->var_nrm = baseline_var(&base, d->d_model);
+        baseline_free(&base);
+        free(v);
+    }
+    if (status == 0 && s->plan) {
+        print_plan(r);
+        free(checkpoint);
+        return 1;
+    }
+    if (status == 0 && checkpoint) {
+        status = checkpoint_load(r, checkpoint, err);
+    } else if (status == 0 && mkdir(r->s.out, 0777) != 0 && (errno != EEXIST || stat(r->s.out, &st) != 0 || !S_ISDIR(st.st_mode))) {
+        status = fail(err, "%s: cannot make this directory: %s", r->s.out, strerror(errno));
+    }
+    if (status == 0) {
+        char *path = xprintf("%s/settings.yaml", r->s.out);
+        status = run_settings_save(&r->s, r->stage, path, err);
+        free(path);
+    }
+    free(checkpoint);
+    return status == 0 ? open_metrics(r, err) : -1;
+}
+
+int run_train(const Settings *s, Err *err) {
+    Run r = {.best = -INFINITY};
+    const char *name = s->argument[0], *config = s->config;
+    char *saved = NULL;
+    int stage = 0;
+    while (stage < 3 && strcmp(name, stage_names[stage]) != 0) {
+        stage++;
+    }
+    if (stage == 3) {
+        return fail(err, "train takes av, ar or rl, not '%s'", name);
+    }
+    r.stage = (Stage)stage;
+    for (int i = 1; s->resume && !config && i < (int)arrlen(s->argument); i++) {
+        if (strncmp(s->argument[i], "out=", 4) == 0) { /* a run that goes on needs no settings but its own */
+            config = saved = xprintf("%s/settings.yaml", s->argument[i] + 4);
+        }
+    }
+    int status = run_settings_read(&r.s, r.stage, config, s->argument + 1, (int)arrlen(s->argument) - 1, err);
+    free(saved);
+    status = status == 0 ? start_run(&r, s, err) : -1;
+    if (status == 0) {
+        struct sigaction action = {.sa_handler = ask_stop};
+        sigaction(SIGINT, &action, NULL);
+        sigaction(SIGTERM, &action, NULL);
+        status = train(&r, s, err);
+    }
+    close_run(&r);
+    return status < 0 ? -1 : 0;
+}
