@@ -36,7 +36,8 @@ typedef struct {
     double *mean;     /* [D]: of the golds, for the centred cosine */
     double var_nrm, meannorm;
     char **prefix;    /* [n] */
-    int *length;      /* [n]: tokens of each explanation */
+    double *position; /* [n]: n_raw_tokens, tokens up to the activation's own; NaN when the row does not say */
+    double *length;   /* [n]: tokens of each explanation */
     int failed;
     Condition *condition; /* stb; the first is the AV's own */
 } Eval;
@@ -51,12 +52,14 @@ static int read_golds(Eval *e, Err *err) {
     e->n = (int)limit;
     e->gold = xmalloc((size_t)e->n * (size_t)e->D * sizeof(float));
     e->prefix = xcalloc((size_t)e->n, sizeof(char *));
-    e->length = xcalloc((size_t)e->n, sizeof(int));
+    e->position = xcalloc((size_t)e->n, sizeof(double));
+    e->length = xcalloc((size_t)e->n, sizeof(double));
     e->mean = xcalloc((size_t)e->D, sizeof(double));
     Baseline base = {0};
     for (int i = 0; i < e->n; i++) {
         float *v = e->gold + (size_t)i * (size_t)e->D;
         dataset_vector(&e->held, i, v);
+        e->position[i] = NAN;
         baseline_add(&base, v, e->D);
         for (int d = 0; d < e->D; d++) {
             e->mean[d] += (double)v[d] / e->n;
@@ -68,6 +71,7 @@ static int read_golds(Eval *e, Err *err) {
                 return -1;
             }
             e->prefix[i] = json_string(&row, json_get(&row, 0, "text"), NULL);
+            (void)json_double(&row, json_get(&row, 0, "n_raw_tokens"), &e->position[i]);
             json_free(&row);
         }
     }
@@ -113,7 +117,7 @@ static int tell(Eval *e, Err *err) {
             size_t len;
             bool found = explanation_of(d.sample[j].text, arrlenu(d.sample[j].text), &from, &len);
             c->text[i + j] = found ? xstrndup(from, len) : NULL;
-            e->length[i + j] = (int)arrlen(d.sample[j].ids);
+            e->length[i + j] = (double)arrlen(d.sample[j].ids);
             e->failed += !found;
         }
         decoder_free(&d);
@@ -398,43 +402,98 @@ static double mean_recall(const Eval *e, const Condition *c) {
 
 /* ------------------------------------------------------------------------------------------------ the table */
 
-static void print_results(const Eval *e) {
-    const Settings *s = e->s;
-    double length = 0;
-    for (int i = 0; i < e->n; i++) {
-        length += (double)e->length[i] / e->n;
+/* [x0, x1, ...] after its name; NaN is written as null. */
+static void json_array(FILE *out, const char *key, const double *x, int n) {
+    fprintf(out, ", \"%s\": [", key);
+    for (int i = 0; i < n; i++) {
+        fprintf(out, isfinite(x[i]) ? "%s%.6g" : "%snull", i ? "," : "", x[i]);
     }
-    if (s->json) {
-        printf("{\"rows\": %d, \"var_nrm\": %.6g, \"meannorm\": %.6g, \"failed\": %.6g, \"mean_tokens\": %.6g, \"keyword_recall\": %.6g, "
-               "\"keyword_recall_permuted\": %.6g, \"conditions\": {",
-               e->n, e->var_nrm, e->meannorm, (double)e->failed / e->n, length, mean_recall(e, &e->condition[0]),
-               mean_recall(e, &e->condition[1]));
+    fputc(']', out);
+}
+
+/* Everything that was measured: what --json prints and what the page shows. To be freed. */
+static char *results_json(const Eval *e, size_t *len) {
+    char *text = NULL, date[32];
+    FILE *out = open_memstream(&text, len);
+    if (!out) {
+        return NULL;
+    }
+    page_date(date);
+    fprintf(out, "{\"rows\": %d", e->n);
+    json_number(out, "var_nrm", e->var_nrm);
+    json_number(out, "meannorm", e->meannorm);
+    json_number(out, "failed", (double)e->failed / e->n);
+    json_number(out, "mean_tokens", average(e->length, e->n));
+    json_number(out, "keyword_recall", mean_recall(e, &e->condition[0]));
+    json_number(out, "keyword_recall_permuted", mean_recall(e, &e->condition[1]));
+    json_text(out, "created", date);
+    json_text(out, "av", e->s->av);
+    json_text(out, "ar", e->s->ar);
+    json_text(out, "acts", e->s->acts);
+    if (e->held.line) {
+        json_array(out, "position", e->position, e->n);
     } else {
-        printf("%d rows of %s; var_nrm %.4f, meannorm %.4f, both on these rows\n", e->n, s->acts, e->var_nrm, e->meannorm);
-        printf("explanations: %.1f%% failed, %.1f tokens on average\n\n", 100.0 * e->failed / e->n, length);
-        printf("%-12s %7s  %-18s %8s %7s %8s  %s\n", "", "FVE", "95% interval", "of mean", "cos", "centred", "the AR reads");
+        json_text(out, "position", NULL);
     }
+    json_array(out, "length", e->length, e->n);
+    fputs(", \"conditions\": {", out);
+    for (int i = 0; i < (int)arrlen(e->condition); i++) {
+        const Condition *c = &e->condition[i];
+        fprintf(out, "%s\"%s\": {\"fve_nrm\": %.6g", i ? ", " : "", c->name, c->fve);
+        json_number(out, "low", c->low);
+        json_number(out, "high", c->high);
+        json_number(out, "fve_meannorm", 1 - average(c->mse, e->n) / e->meannorm);
+        json_number(out, "mse_nrm", average(c->mse, e->n));
+        json_number(out, "cos", average(c->cos, e->n));
+        json_number(out, "centred_cos", average(c->centred, e->n));
+        json_text(out, "what", c->what);
+        json_array(out, "mse", c->mse, e->n);
+        fputc('}', out);
+    }
+    fputs("}}\n", out);
+    if (fclose(out) != 0) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}
+
+static void print_results(const Eval *e) {
+    printf("%d rows of %s; var_nrm %.4f, meannorm %.4f, both on these rows\n", e->n, e->s->acts, e->var_nrm, e->meannorm);
+    printf("explanations: %.1f%% failed, %.1f tokens on average\n\n", 100.0 * e->failed / e->n, average(e->length, e->n));
+    printf("%-12s %7s  %-18s %8s %7s %8s  %s\n", "", "FVE", "95% interval", "of mean", "cos", "centred", "the AR reads");
     for (int i = 0; i < (int)arrlen(e->condition); i++) {
         const Condition *c = &e->condition[i];
         double other = 1 - average(c->mse, e->n) / e->meannorm, cos = average(c->cos, e->n), centred = average(c->centred, e->n);
-        if (s->json) {
-            printf("%s\"%s\": {\"fve_nrm\": %.6g, \"low\": %.6g, \"high\": %.6g, \"fve_meannorm\": %.6g, \"mse_nrm\": %.6g, \"cos\": %.6g, "
-                   "\"centred_cos\": %.6g}",
-                   i ? ", " : "", c->name, c->fve, c->low, c->high, other, average(c->mse, e->n), cos, centred);
-        } else {
-            printf("%-12s %7.3f  (%.3f to %.3f)%*s %8.3f %7.3f %8.3f  %s\n", c->name, c->fve, c->low, c->high,
-                   (int)(18 - strlen("( to )") - (size_t)snprintf(NULL, 0, "%.3f%.3f", c->low, c->high)), "", other, cos, centred, c->what);
-        }
+        printf("%-12s %7.3f  (%.3f to %.3f)%*s %8.3f %7.3f %8.3f  %s\n", c->name, c->fve, c->low, c->high,
+               (int)(18 - strlen("( to )") - (size_t)snprintf(NULL, 0, "%.3f%.3f", c->low, c->high)), "", other, cos, centred, c->what);
+    }
+    double recall = mean_recall(e, &e->condition[0]);
+    if (isfinite(recall)) {
+        printf("\nkeyword recall %.3f, of another row's explanation %.3f (words of 5 letters and more among the prefix's last 200 bytes)\n",
+               recall, mean_recall(e, &e->condition[1]));
+    }
+}
+
+/* Prints first: a page that cannot be written does not lose what took long to measure. */
+static int show(const Eval *e, Err *err) {
+    const Settings *s = e->s;
+    size_t len;
+    char *json = results_json(e, &len);
+    if (!json) {
+        return fail(err, "not enough memory for the results as JSON");
     }
     if (s->json) {
-        puts("}}");
+        fwrite(json, 1, len, stdout);
     } else {
-        double recall = mean_recall(e, &e->condition[0]);
-        if (isfinite(recall)) {
-            printf("\nkeyword recall %.3f, of another row's explanation %.3f (words of 5 letters and more among the prefix's last 200 bytes)\n",
-                   recall, mean_recall(e, &e->condition[1]));
-        }
+        print_results(e);
     }
+    int status = s->html ? report_eval(s->html, json, len, err) : 0;
+    free(json);
+    if (status == 0 && s->html) {
+        note(s, "%s: open it in a browser\n", s->html);
+    }
+    return status;
 }
 
 /* ------------------------------------------------------------------------------------------------ the command */
@@ -476,6 +535,7 @@ static void eval_close(Eval *e) {
     }
     arrfree(e->condition);
     free(e->prefix);
+    free(e->position);
     free(e->length);
     free(e->gold);
     free(e->mean);
@@ -514,9 +574,7 @@ int run_eval(const Settings *s, Err *err) {
     for (int i = 0; i < (int)arrlen(e.condition) && status == 0; i++) {
         status = score(&e, &e.condition[i], err);
     }
-    if (status == 0) {
-        print_results(&e);
-    }
+    status = status == 0 ? show(&e, err) : -1;
     eval_close(&e);
     return status;
 }

@@ -6,7 +6,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <stb/stb_ds.h>
 
@@ -252,23 +251,6 @@ static int tell_rung(Explain *x, Rung *r, double *spoke, double start, Err *err)
 
 /* ------------------------------------------------------------------------------------------------ the result */
 
-static void json_number(FILE *out, const char *key, double value) {
-    if (isfinite(value)) {
-        fprintf(out, ", \"%s\": %.6g", key, value);
-    } else {
-        fprintf(out, ", \"%s\": null", key);
-    }
-}
-
-static void json_text(FILE *out, const char *key, const char *text) {
-    fprintf(out, ", \"%s\": ", key);
-    if (text) {
-        json_write_string(out, text, strlen(text));
-    } else {
-        fputs("null", out);
-    }
-}
-
 static void write_tokens(const Explain *x, FILE *out) {
     for (int i = 0; i < (int)arrlen(x->ids); i++) {
         size_t n;
@@ -311,13 +293,11 @@ static double mean_fve(const Explain *x, const Rung *r) {
 
 static char *result_json(const Explain *x, size_t *len) {
     const Settings *s = x->s;
-    char *text = NULL, stamp[32];
+    char *text = NULL, date[32];
     FILE *out = open_memstream(&text, len);
-    time_t t = time(NULL);
-    struct tm utc;
-    strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M UTC", gmtime_r(&t, &utc));
+    page_date(date);
     fputs("{\"title\": \"What the model had in mind\"", out);
-    json_text(out, "created", stamp);
+    json_text(out, "created", date);
     json_text(out, "baseline", x->baseline);
     fputs(", \"settings\": {\"program\": \"nla explain\"", out);
     json_text(out, "model", s->model);

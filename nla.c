@@ -775,15 +775,19 @@ static const Command commands[] = {
      {"batch", "N", COUNT, AT(batch), 1, 65536, "samples decoded together (default: 32)"},
      {"acts", "DIR", TEXT, AT(acts), 0, 0, "activations for FVE's denominator (default: the text's own)"},
      {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
-    {"eval", "eval --av DIR --ar DIR --acts DIR [--train DIR]", "FVE on held-out rows, with controls and perturbations",
+    {"eval", "eval --av DIR --ar DIR --acts DIR [--train DIR] [--html FILE]", "FVE on held-out rows, with controls and perturbations",
      "Explains every row and rebuilds it from the words, then does the same with other texts in the explanation's place: another row's,\n"
      "a constant, the nearest training row's (--train), the true prefix, the explanation shuffled, lower-cased, unquoted, thinned.",
      run_eval, 0, 0, {{"av", "DIR", TEXT, AT(av), 0, 0, "the AV"}, {"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR"},
      {"acts", "DIR", TEXT, AT(acts), 0, 0, "held-out activations, with rows.jsonl for the prefixes"},
      {"train", "DIR", TEXT, AT(train), 0, 0, "training rows with explanations, for the nearest-neighbour baseline"},
-     {"rows", "N", COUNT, AT(rows), 2, 1e7, "use the first N rows"}, SAMPLING_OPTIONS,
+     {"rows", "N", COUNT, AT(rows), 2, 1e7, "use the first N rows"},
+     {"html", "FILE", TEXT, AT(html), 0, 0, "write a page with charts"}, SAMPLING_OPTIONS,
      {"batch", "N", COUNT, AT(batch), 1, 65536, "explanations decoded together (default: 32)"},
      {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
+    {"report", "report RUN [--html FILE]", "a page with the curves and samples of a training run",
+     "RUN is a run's directory with settings.yaml and metrics.jsonl; it may still be going on. Prints the name of the page it wrote.",
+     run_report, 1, 1, {{"html", "FILE", TEXT, AT(html), 0, 0, "where to (default: RUN/report.html)"}}},
     {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
      "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
      "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"

@@ -98,6 +98,9 @@ char *json_string(const Json *json, int node, size_t *len);
 const char *json_raw(const Json *json, int node, size_t *len);
 /* Writes `text` as a JSON string with its quotes; invalid UTF-8 is written as U+FFFD. */
 void json_write_string(FILE *out, const char *text, size_t len);
+/* Writes `, "key": value`, a member that is not the object's first: null for no text, for NaN and infinity. */
+void json_text(FILE *out, const char *key, const char *text);
+void json_number(FILE *out, const char *key, double value);
 
 /* YAML 1.1 sidecars through libyaml, as a tree. Scalars keep their text; `quoted` tells "150" from 150. Unknown keys
  * survive a load and save; the root is always a map. Aliases are refused (no sidecar needs them, and they can grow without bound). */
@@ -870,6 +873,17 @@ int model_write(const char *dir, Model *m, const Linear *head, const Yaml *sidec
 /* Writes one self-contained HTML page that shows the result of `nla explain` (its JSON). Atomic; no network; nothing in
  * the JSON can break out of the page. Fails on text that is not JSON or a path that cannot be written. */
 int report_explain(const char *path, const char *json, size_t len, Err *err);
+int report_eval(const char *path, const char *json, size_t len, Err *err); /* the same for `nla eval` */
+/* The page of the training run in directory `run`, as far as it has come: settings.yaml, metrics.jsonl (see charts.c). A last
+ * line of the metrics cut short is left out; another one that is not as it should be is an error that names file and line. */
+int report_run(const char *path, const char *run, Err *err);
+
+/* What a page is made of, beside what every page has; two parts are written one after the other. */
+typedef struct {
+    const char *style[2], *body, *script[2];
+} Page;
+int page_write(const char *path, const Page *page, const char *json, size_t len, Err *err); /* json: valid, any content */
+void page_date(char date[32]); /* now, as the pages say it */
 
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What the commands share: the settings a command line gives, and what most commands load. */

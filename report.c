@@ -1,4 +1,5 @@
-/* report.c - the HTML pages a person looks at: the result of `nla explain`, read token by token.
+/* report.c - the HTML pages a person looks at: what all of them share, and the result of `nla explain`, read token by token.
+ * The pages with curves are in charts.c.
  *
  * A page is one file that needs nothing else: style, script and data are inside it, and its content policy forbids
  * the network, so it can be mailed, archived and opened anywhere. It depends on safetensors.c (JSON, files) alone.
@@ -16,6 +17,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ------------------------------------------------------------------------------------------------ any page */
 
@@ -76,11 +78,62 @@ static const char page_style[] =
     "button[aria-pressed=true] { background: var(--ink); border-color: var(--ink); color: var(--paper); }\n"
     ":focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }\n"
     "kbd { font: .8rem var(--mono); border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; }\n"
+    ".bar { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center; margin: 1.3rem 0 .9rem;\n"
+    "  padding: .7rem 0;\n"
+    "  border: solid var(--line); border-width: 1px 0; }\n"
+    ".bar > * { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; }\n"
+    "output { color: var(--muted); font-variant-numeric: tabular-nums; }\n"
+    ".words { font: 1.08rem/1.55 var(--serif); margin-bottom: .8rem; }\n"
+    "mark { background: var(--mark); color: inherit; border-radius: 2px; }\n"
+    ".warning { color: var(--warn); padding-left: .8rem; border-left: 3px solid; font-size: .933rem; }\n"
+    "table { width: 100%; border-collapse: collapse; table-layout: fixed; font-size: .933rem; }\n"
+    "caption { text-align: left; padding-bottom: .6rem; color: var(--muted); }\n"
+    "th, td { padding: .45rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);\n"
+    "  font-variant-numeric: tabular-nums; }\n"
+    "thead th { position: sticky; top: 0; background: var(--paper); border-bottom: 2px solid var(--ink); }\n"
+    "th.n, td.n { text-align: right; width: 5.2rem; }\n"
     "@media print { body { max-width: none; padding: 0; } }\n";
 
-static void page_begin(FILE *out, const char *style, const char *body) {
-    fprintf(out, "%s<style>\n%s%s</style>\n</head>\n%s", page_head, page_style, style, body);
-}
+/* What every page's script starts with. */
+static const char page_script[] =
+    "'use strict';\n"
+    "const data = JSON.parse(document.getElementById('data').textContent);\n"
+    "const $ = id => document.getElementById(id);\n"
+    "// An element with a class and children; strings become text, never markup.\n"
+    "function el(tag, name, ...children) {\n"
+    "  const e = document.createElement(tag);\n"
+    "  if (name) e.className = name;\n"
+    "  e.append(...children);\n"
+    "  return e;\n"
+    "}\n"
+    "// A number with d decimals and a true minus sign; an en dash for none.\n"
+    "function num(x, d = 2) {\n"
+    "  if (typeof x !== 'number') return '\\u2013';\n"
+    "  const text = x.toFixed(d);\n"
+    "  return (+text === 0 ? text.replace('-', '') : text).replace('-', '\\u2212');\n"
+    "}\n"
+    "const many = (n, one) => n.toLocaleString('en') + ' ' + one + (n === 1 ? '' : 's');\n"
+    /* Tokens as text. What would not be seen is shown: newlines, tabs, spaces that are not one before a word, and */
+    /* control and direction characters, which could also turn the line around. */
+    "function shown(text) {\n"
+    "  if (!text) return '\\u2205';\n"
+    "  return text.replace(/[ \\p{Cc}\\p{Cf}\\p{Cs}\\p{Zl}\\p{Zp}]/gu, (c, at) => {\n"
+    "    if (c === ' ') return text[at + 1] > ' ' && (at === 0 || text[at - 1] > ' ') ? c : '\\u00b7';\n"
+    "    if (c === '\\n') return '\\u21b5\\n';\n"
+    "    if (c === '\\t') return '\\u2192\\t';\n"
+    "    if (c === '\\u200d' || c === '\\u200c') return c; // joiners, inside emoji and words\n"
+    "    return '\\u27e8U+' + c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0') + '\\u27e9';\n"
+    "  });\n"
+    "}\n"
+    "const inline = text => shown(text).replace(/\\n/g, '');\n"
+    "// Settings as a list of names and values.\n"
+    "function listPairs(list, settings) {\n"
+    "  for (const [name, value] of Object.entries(settings)) {\n"
+    "    const text = new Map([[null, 'none'], [true, 'yes'], [false, 'no']]).get(value ?? null) ?? String(value);\n"
+    "    const label = name === 'av' || name === 'ar' ? name.toUpperCase() : inline(name).replaceAll('_', ' ');\n"
+    "    list.append(el('div', '', el('dt', '', label), el('dd', '', text)));\n"
+    "  }\n"
+    "}\n";
 
 /* The data, as <script type="application/json" id="data">. Valid JSON has these characters in strings only, so writing
  * them as \u escapes changes no value, and no byte is left that could end the element or open another. */
@@ -99,25 +152,25 @@ static void page_json(FILE *out, const char *json, size_t len) {
     fputs("</script>\n", out);
 }
 
-static void page_end(FILE *out, const char *script) {
-    fprintf(out, "<script>\n%s</script>\n</body>\n</html>\n", script);
-}
-
-/* A page whose data is `json`, written to `path` whole or not at all. */
-static int page_write(const char *path, const char *style, const char *body, const char *script, const char *json,
-                      size_t len, Err *err) {
-    char *page = NULL;
-    size_t page_len = 0;
-    FILE *out = open_memstream(&page, &page_len);
+int page_write(const char *path, const Page *page, const char *json, size_t len, Err *err) {
+    char *text = NULL;
+    size_t text_len = 0;
+    FILE *out = open_memstream(&text, &text_len);
     if (!out) return fail(err, "%s: cannot make the page: %s", path, strerror(errno));
-    page_begin(out, style, body);
+    fprintf(out, "%s<style>\n%s%s%s</style>\n</head>\n%s", page_head, page_style, page->style[0], page->style[1], page->body);
     page_json(out, json, len);
-    page_end(out, script);
+    fprintf(out, "<script>\n%s%s%s</script>\n</body>\n</html>\n", page_script, page->script[0], page->script[1]);
     int status = ferror(out);
     status |= fclose(out);
-    status = status ? fail(err, "%s: not enough memory to make the page", path) : file_write(path, page, page_len, err);
-    free(page);
+    status = status ? fail(err, "%s: not enough memory to make the page", path) : file_write(path, text, text_len, err);
+    free(text);
     return status;
+}
+
+void page_date(char date[32]) {
+    time_t t = time(NULL);
+    struct tm utc;
+    strftime(date, 32, "%Y-%m-%d %H:%M UTC", gmtime_r(&t, &utc));
 }
 
 /* ------------------------------------------------------------------------------------------------ explain: the page */
@@ -145,10 +198,6 @@ static const char explain_style[] =
     "  background: repeating-linear-gradient(135deg, var(--hatch) 0 3px, var(--paper) 3px 6px); }\n"
     ".unscored { border-bottom: 2px dashed var(--accent); border-radius: 0 !important; }\n"
     ".unread { color: var(--muted); }\n"
-    ".bar { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center; margin: 1.3rem 0 .9rem;\n"
-    "  padding: .7rem 0;\n"
-    "  border: solid var(--line); border-width: 1px 0; }\n"
-    ".bar > * { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; }\n"
     ".bar fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }\n"
     ".bar legend { float: left; padding: 0; margin-right: .5rem; color: var(--muted); }\n"
     ".switch { display: flex; flex-wrap: wrap; border: 1px solid var(--muted); border-radius: 4px;\n"
@@ -160,7 +209,6 @@ static const char explain_style[] =
     "  border-radius: 6px; }\n"
     "[role=search] { flex: 1 1 17rem; max-width: 30rem; }\n"
     "[role=search] input { flex: 1 1 9rem; min-width: 0; }\n"
-    "output { color: var(--muted); font-variant-numeric: tabular-nums; }\n"
     ".legend { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; align-items: flex-start; margin: 0 0 1.6rem; }\n"
     ".legend ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0; padding: 0; list-style: none; }\n"
     "#scale { display: flex; flex: 0 1 28rem; gap: .7rem; line-height: 1.4; }\n"
@@ -191,11 +239,8 @@ static const char explain_style[] =
     "#token { font: 600 1.3rem/1.3 var(--serif); white-space: pre-wrap; }\n"
     ".reading + .reading { margin-top: 1.2rem; padding-top: 1rem; border-top: 1px solid var(--line); }\n"
     ".reading h3 { margin-bottom: .4rem; }\n"
-    ".words { font: 1.08rem/1.55 var(--serif); margin-bottom: .8rem; }\n"
     ".words p { white-space: pre-line; unicode-bidi: plaintext; }\n"
     ".words .quote { color: var(--accent); }\n"
-    "mark { background: var(--mark); color: inherit; border-radius: 2px; }\n"
-    ".warning { color: var(--warn); padding-left: .8rem; border-left: 3px solid; font-size: .933rem; }\n"
     ".scores { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); gap: .5rem;\n"
     "  margin: 0 0 .7rem; }\n"
     ".scores dd { text-align: left; font-size: 1.1rem; }\n"
@@ -206,12 +251,6 @@ static const char explain_style[] =
     "summary { cursor: pointer; color: var(--accent); }\n"
     "details > div { margin-top: .6rem; padding-left: .9rem; border-left: 2px solid var(--line); }\n"
     "pre { white-space: pre-wrap; font: .8rem/1.5 var(--mono); margin: .5rem 0; }\n"
-    "table { width: 100%; border-collapse: collapse; table-layout: fixed; font-size: .933rem; }\n"
-    "caption { text-align: left; padding-bottom: .6rem; color: var(--muted); }\n"
-    "th, td { padding: .45rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);\n"
-    "  font-variant-numeric: tabular-nums; }\n"
-    "thead th { position: sticky; top: 0; background: var(--paper); border-bottom: 2px solid var(--ink); }\n"
-    "th.n, td.n { text-align: right; width: 5.2rem; }\n"
     "th:first-child { width: 9rem; }\n"
     "tbody th button { color: var(--on); font: 1rem var(--serif); white-space: pre-wrap; text-align: left;\n"
     "  overflow-wrap: anywhere; }\n"
@@ -300,37 +339,7 @@ static const char explain_body[] =
     "</footer>\n";
 
 static const char explain_script[] =
-    "'use strict';\n"
-    "const data = JSON.parse(document.getElementById('data').textContent);\n"
     "const {tokens, layers} = data;\n"
-    "const $ = id => document.getElementById(id);\n"
-    "// An element with a class and children; strings become text, never markup.\n"
-    "function el(tag, name, ...children) {\n"
-    "  const e = document.createElement(tag);\n"
-    "  if (name) e.className = name;\n"
-    "  e.append(...children);\n"
-    "  return e;\n"
-    "}\n"
-    "// A number with d decimals and a true minus sign; an en dash for none.\n"
-    "function num(x, d = 2) {\n"
-    "  if (typeof x !== 'number') return '\\u2013';\n"
-    "  const text = x.toFixed(d);\n"
-    "  return (+text === 0 ? text.replace('-', '') : text).replace('-', '\\u2212');\n"
-    "}\n"
-    "const many = (n, one) => n.toLocaleString('en') + ' ' + one + (n === 1 ? '' : 's');\n"
-    /* Tokens as text. What would not be seen is shown: newlines, tabs, spaces that are not one before a word, and */
-    /* control and direction characters, which could also turn the line around. */
-    "function shown(text) {\n"
-    "  if (!text) return '\\u2205';\n"
-    "  return text.replace(/[ \\p{Cc}\\p{Cf}\\p{Cs}\\p{Zl}\\p{Zp}]/gu, (c, at) => {\n"
-    "    if (c === ' ') return text[at + 1] > ' ' && (at === 0 || text[at - 1] > ' ') ? c : '\\u00b7';\n"
-    "    if (c === '\\n') return '\\u21b5\\n';\n"
-    "    if (c === '\\t') return '\\u2192\\t';\n"
-    "    if (c === '\\u200d' || c === '\\u200c') return c; // joiners, inside emoji and words\n"
-    "    return '\\u27e8U+' + c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0') + '\\u27e9';\n"
-    "  });\n"
-    "}\n"
-    "const inline = text => shown(text).replace(/\\n/g, '');\n"
     /* Readings: at[layer][position], and how one looks. */
     "const at = layers.map(layer => {\n"
     "  const list = [];\n"
@@ -555,7 +564,6 @@ static const char explain_script[] =
     /* The parts that never change */
     "document.title = data.title;\n"
     "$('title').textContent = data.title;\n"
-    "const settings = data.settings || {};\n"
     "$('about').textContent = 'Each token\\u2019s activation, put into words. ' + (scored ?\n"
     "  'Colour is FVE, the share of its variance that the words alone give back: 1 is all of it, 0 no better ' +\n"
     "  'than guessing the mean.' : 'Not scored: no reconstructor (AR) was given.');\n"
@@ -577,11 +585,7 @@ static const char explain_script[] =
     "    'mean FVE ' + num(layer.mean_fve) + ', var_nrm ' + num(layer.var_nrm, 4))));\n"
     "}\n"
     "$('layers').hidden = $('ladder').hidden = layers.length < 2;\n"
-    "for (const [name, value] of [...Object.entries(settings), ['created', data.created]]) {\n"
-    "  const text = new Map([[null, 'none'], [true, 'yes'], [false, 'no']]).get(value) ?? String(value);\n"
-    "  const label = name === 'av' || name === 'ar' ? name.toUpperCase() : name.replaceAll('_', ' ');\n"
-    "  $('settings').append(el('div', '', el('dt', '', label), el('dd', '', text)));\n"
-    "}\n"
+    "listPairs($('settings'), {...data.settings, created: data.created});\n"
     "if (scored && data.baseline) {\n"
     "  $('baseline').textContent = 'FVE = 1 \\u2212 mse_nrm / var_nrm. Denominator: ' + data.baseline;\n"
     "}\n"
@@ -644,5 +648,6 @@ int report_explain(const char *path, const char *json, size_t len, Err *err) {
         status = fail(err, "%s: cannot show this JSON: it has not the tokens and layers of `nla explain`", path);
     json_free(&tree);
     if (status) return -1;
-    return page_write(path, explain_style, explain_body, explain_script, json, len, err);
+    const Page page = {{explain_style, ""}, explain_body, {explain_script, ""}};
+    return page_write(path, &page, json, len, err);
 }

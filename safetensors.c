@@ -759,6 +759,22 @@ void json_write_string(FILE *out, const char *text, size_t len) {
     putc('"', out);
 }
 
+void json_text(FILE *out, const char *key, const char *text) {
+    fprintf(out, ", \"%s\": ", key);
+    if (text)
+        json_write_string(out, text, strlen(text));
+    else
+        fputs("null", out);
+}
+
+void json_number(FILE *out, const char *key, double value) {
+    fprintf(out, ", \"%s\": ", key);
+    if (isfinite(value))
+        fprintf(out, "%.6g", value);
+    else
+        fputs("null", out);
+}
+
 /* ------------------------------------------------------------------------------------------------ YAML: reading */
 
 /* Builds the tree from libyaml's events. A node hangs from its parent as soon as it exists, so freeing the root frees

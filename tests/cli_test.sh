@@ -201,6 +201,22 @@ grep -q '<html' "$work/page.html" && ok || bad "no page was written"
 says 1 "--positions 7: the text has positions" "$NLA" explain --quiet --model "$target" --av "$work/av" --positions 7 "x"
 says 1 "they were not made for this model" "$NLA" explain --quiet --model "$target" --av tests/golden/pair_qwen3/av "x"
 prints '"conditions": {"explained": {' "$NLA" eval --quiet --json --av "$work/av" --ar "$work/ar" --acts "$work/acts" --max-tokens 5
+prints '"what": "the AV' "$NLA" eval --quiet --json --av "$pair/av" --ar "$pair/ar" --acts "$work/acts" --max-tokens 5 --html "$work/eval.html"
+grep -q '"position": \[[0-9]' "$work/out" && grep -q '"length": \[[0-9]' "$work/out" && grep -q '"mse": \[[0-9]' "$work/out" && ok ||
+    bad "eval --json lacks its rows"
+grep -q '<html' "$work/eval.html" && grep -q '"what": "the AV' "$work/eval.html" && ok || bad "eval wrote no page"
+says 1 "/nowhere/eval.html" "$NLA" eval --quiet --json --av "$pair/av" --ar "$pair/ar" --acts "$work/acts" --max-tokens 5 --html /nowhere/eval.html
+grep -q '"conditions"' "$work/out" && ok || bad "eval loses its results when the page cannot be written"
+mkdir "$work/run" && printf 'lr: 1e-5\n' >"$work/run/settings.yaml"
+says 1 "$work/run/metrics.jsonl" "$NLA" report "$work/run"
+printf '{"step": 1, "loss": 2.5}\n{"step": 1, "eval": {"fve": 0.1}, "samples": [{"row": 3, "explanation": "A river."}]}\n{"st' \
+    >"$work/run/metrics.jsonl"
+prints "$work/run/report.html" "$NLA" report "$work/run"
+prints "$work/other.html" "$NLA" report "$work/run" --html "$work/other.html"
+grep -q "<html" "$work/other.html" && ok || bad "report wrote no page where it was told to"
+printf '\n{"step": 2}\n' >>"$work/run/metrics.jsonl"
+says 1 "$work/run/metrics.jsonl, line 3: " "$NLA" report "$work/run"
+says 2 "an argument is missing" "$NLA" report
 
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"

@@ -1,6 +1,6 @@
-"""Opens pages of report.c in headless Chromium (WebDriver, standard library alone) and uses them as a reader would.
+"""Opens pages of report.c and charts.c in headless Chromium (WebDriver, standard library alone) and uses them as a reader would.
 
-usage: report_browser.py DIR [SHOTS]      DIR holds sample.html hostile.html large.html bare.html (tests/report_page.c)
+usage: report_browser.py DIR [SHOTS]      DIR holds KIND.html of every KIND of tests/report_page.c
 SHOTS: a directory for screenshots. Called by tests/report_test.sh; the last line is 'N passed, N failed'.
 """
 
@@ -74,6 +74,14 @@ class Browser:
         """Presses and releases keys wherever the focus is."""
         actions = [{"type": kind, "value": k} for k in keys for kind in ("keyDown", "keyUp")]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
+
+    def hover(self, selector, nth, across):
+        """Moves the pointer over the nth element, `across` (0 to 1) from its left, at half its height."""
+        at = self.js("const r = document.querySelectorAll(arguments[0])[arguments[1]]; r.scrollIntoView({block: 'center'}); "
+                     "const b = r.getBoundingClientRect(); return [b.left + b.width * arguments[2], b.top + b.height / 2]",
+                     selector, nth, across)
+        move = [{"type": "pointerMove", "x": round(at[0]), "y": round(at[1]), "duration": 0}]
+        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "p", "actions": move}]})
 
     def cdp(self, cmd, **params):
         return self.call("POST", "/goog/cdp/execute", {"cmd": cmd, "params": params})
@@ -339,6 +347,172 @@ def large(b, url):
         check(f"2,000 tokens: {what} within {limit} ms", took < limit, took)
 
 
+# Of every chart: its title, and of each series how many points its line has, how many marks and intervals.
+CHARTS = """
+const n = (e, s) => e ? e.getAttribute('d').split(s).length - 1 : 0;
+return Object.fromEntries([...document.querySelectorAll('figure')].map(f => [f.querySelector('figcaption').textContent,
+  [...f.querySelectorAll('.series')].map(g => [n(g.querySelector('.line'), ','), g.querySelectorAll('.mark').length,
+    n(g.querySelector('.range'), 'M'), g.querySelectorAll('.band').length])]));
+"""
+
+
+def readout(b, title):
+    return b.js("return [...document.querySelectorAll('figure')].find(f => f.querySelector('figcaption').textContent === "
+                "arguments[0]).querySelector('.readout').innerText.replace(/\\s+/g, ' ')", title)
+
+
+def reads_charts(b):
+    """What holds for every chart: a slider with a name, a text alternative and a value in words."""
+    return b.js("""return [...document.querySelectorAll('.plot')].filter(p => p.getAttribute('role') !== 'slider' || p.tabIndex !== 0 ||
+      !p.getAttribute('aria-label') || !p.getAttribute('aria-valuetext') ||
+      !$(p.getAttribute('aria-describedby')).textContent || /NaN|undefined|Infinity/.test(p.parentElement.outerHTML)).length""")
+
+
+def evaluation(b, url):
+    b.screen(1280, 900)
+    b.open(url)
+    equal("the evaluation has its charts, series and points", b.js(CHARTS), {
+        "FVE of every condition": [[0, 1, 1, 0], [0, 10, 10, 0]],
+        "Share of rows at or below an FVE": [[201, 0, 0, 0]] * 4,
+        "FVE against token position": [[10, 10, 10, 0]] * 2,
+        "FVE against explanation length": [[10, 10, 10, 0]] * 2})
+    equal("every chart can be read without seeing it", reads_charts(b), 0)
+    check("the headline is the AV's own FVE with its interval", "0.520\n95%: 0.498 to 0.540" in b.js("return $('headline').innerText"))
+    counts = b.js("return [...document.querySelectorAll('.plot')].map(p => [...p.querySelectorAll('text')].map(t => "
+                  "t.textContent).filter(t => /^n /.test(t)).map(t => +t.slice(2)).reduce((a, b) => a + b, 0))")
+    equal("the bins hold every row once", counts, [0, 0, 400, 400])
+    dots = "FVE of every condition"
+    check("the readout starts with the AV's own", readout(b, dots).strip().startswith("explained 0.520 (0.498 to 0.540)"), readout(b, dots))
+    b.js("document.querySelector('.plot').focus()")
+    b.keys(RIGHT)
+    check("right: the next condition", "permuted-v 0.030" in readout(b, dots), readout(b, dots))
+    b.keys(END)
+    check("end: the last", "nearest 0.310" in readout(b, dots), readout(b, dots))
+    b.keys(RIGHT)
+    equal("right at the last stays", b.js("return document.querySelector('.plot').getAttribute('aria-valuenow')"), "10")
+    check("the value is said in words", b.js("return document.querySelector('.plot').getAttribute('aria-valuetext')").startswith(
+        "nearest; 0.310 (0.288 to 0.330)"))
+    b.keys(HOME)
+    check("home: the first", "explained 0.520" in readout(b, dots), readout(b, dots))
+    equal("the focus is seen", b.js("return getComputedStyle(document.activeElement).outlineStyle"), "solid")
+    b.keys(TAB)
+    b.keys(END)
+    check("the distribution ends at 1", "explained 1.00 permuted-v 1.00 prefix 1.00 nearest 1.00" in
+          readout(b, "Share of rows at or below an FVE"), readout(b, "Share of rows at or below an FVE"))
+    position = "FVE against token position"
+    before = readout(b, position)
+    b.hover(".plot", 2, .95)
+    check("the pointer reads too", "position 738 to 945, 38 rows" in readout(b, position), readout(b, position))
+    b.hover("h1", 0, .5)
+    equal("without it the first place is read again", readout(b, position), before)
+    equal("the table has every condition", b.js("return document.querySelectorAll('#table tbody tr').length"), 11)
+    equal("and heads its columns", b.js("return [...document.querySelectorAll('#table thead th[scope=col]')].map(e => "
+          "e.textContent).join()"), "Condition,FVE,low,high,of mean,mse_nrm,cosine,centred,The AR reads")
+    equal("series are told apart by dashes too", b.js("return new Set([...document.querySelectorAll('figure')[1].querySelectorAll("
+          "'.series .line')].map(e => getComputedStyle(e).strokeDasharray)).size"), 4)
+    b.open(url.replace("eval", "eval_bare"))
+    check("two rows, no positions: the charts that can be drawn", "FVE against token position" not in b.js(CHARTS) and
+          b.js(CHARTS)["FVE against explanation length"] == [[1, 1, 1, 0]] * 2, b.js(CHARTS))
+    equal("bare, every chart can be read", reads_charts(b), 0)
+
+
+def training(b, url):
+    b.screen(1280, 900)
+    b.open(url)
+    seen = b.js(CHARTS)
+    titles = b.js("return [...document.querySelectorAll('figcaption')].map(e => e.textContent)")
+    equal("one chart for every figure, known ones first", titles, ["Loss", "FVE", "Reward", "KL to the starting AV",
+          "Tokens of an explanation", "Failed", "Skipped updates", "Gradient norm", "Learning rate", "Tokens per second", "Group std"])
+    train = [[1000, 0, 0, 0]] * 2
+    equal("loss: steps, their mean, held-out, permuted", seen["Loss"], [*train, [11, 11, 0, 0], [11, 11, 0, 0]])
+    equal("FVE: the same, with a band", seen["FVE"], [*train, [11, 11, 0, 1], [11, 11, 0, 0]])
+    equal("what has no held-out value has none", seen["Reward"], [[999, 0, 0, 0]] * 2)  # step 400's later line has no reward
+    equal("what does not jump is drawn as it is", [seen["Learning rate"], seen["Skipped updates"]], [[[999, 0, 0, 0]]] * 2)
+    equal("every chart can be read without seeing it", reads_charts(b), 0)
+    check("steps that leave the picture are owned up to", b.js("return [...document.querySelectorAll('figure')].filter(f => "
+          "f.innerText.includes('outside the picture')).map(f => f.querySelector('figcaption').textContent).join()") == "Gradient norm")
+    check("the last values stand there at once", "step 1,000" in readout(b, "FVE") and
+          "held-out 0.57 (0.54 to 0.6)" in readout(b, "FVE"), readout(b, "FVE"))
+    b.js("document.querySelectorAll('.plot')[1].focus()")
+    b.keys(LEFT)
+    check("one step back, the evaluation before it", "step 999" in readout(b, "FVE") and "at 900" in readout(b, "FVE"),
+          readout(b, "FVE"))
+    check("a step that was written twice has its later value", b.js("return data.steps.find(s => s.step === 400).loss") == 2)
+    check("a line cut short is left out", b.js("return data.steps.at(-1).step") == 1000)
+
+    # the samples
+    words = "return [...document.querySelectorAll('.sample')].map(e => e.innerText)"
+    equal("every row's sample is there", len(b.js(words)), 4)
+    equal("the last evaluation first", b.js("return $('place').textContent"), "evaluation 11 of 11")
+    late = b.js(words)
+    b.keys("k")
+    equal("k: the one before", b.js("return $('place').textContent"), "evaluation 10 of 11")
+    check("the address keeps it", b.call("GET", "/url").endswith("#step=900"), b.call("GET", "/url"))
+    b.keys("j", "j")
+    equal("j at the last stays", b.js("return $('place').textContent"), "evaluation 11 of 11")
+    check("the change of FVE is said", "FVE 0.542 (+0.088)" in late[0], late[0])
+    for _ in range(10):
+        b.click("#before")
+    early = b.js(words)
+    check("the same rows, other words", [t.split()[1] for t in early] == [t.split()[1] for t in late] and early != late)
+    check("a failed explanation says so", "Failed" in early[2], early[2])
+    check("at the first there is nothing before", b.js("return $('before').disabled && $('changes').disabled"))
+    for _ in range(3):
+        b.click("#after")
+    b.keys("c")
+    check("c marks what changed", b.js("return [...document.querySelectorAll('mark')].length") > 0)
+    marked = [t.split() for t in b.js(words)]
+    b.click("#changes")
+    equal("nothing is lost by marking", marked, [t.split() for t in b.js(words)])
+    b.js("const s = $('step'); s.value = 5; s.dispatchEvent(new Event('change'))")
+    equal("the list of evaluations goes there", b.js("return $('place').textContent"), "evaluation 6 of 11")
+    b.open(url + "#step=300&changes=1")
+    check("an address opens its place", b.js("return $('place').textContent") == "evaluation 4 of 11" and
+          b.js("return $('changes').getAttribute('aria-pressed')") == "true")
+    b.open(url.replace("run.html", "run_bare.html"))
+    check("two steps and no evaluation make a page", b.js(CHARTS)["Loss"] == [[2, 0, 0, 0]] and
+          b.js("return $('samples').hidden"), b.js(CHARTS))
+    equal("bare, every chart can be read", reads_charts(b), 0)
+    start = time.monotonic()
+    b.open(url.replace("run.html", "run_large.html"))
+    took = time.monotonic() - start
+    print(f"20,000 steps: {took:.1f} s")
+    check("20,000 steps open within 5 s", took < 5, took)
+    check("and are drawn as what can be seen", max(c[0][0] for c in b.js(CHARTS).values()) < 1000, b.js(CHARTS))
+
+
+def looks_charts(b, folder):
+    for name in ("eval", "eval_hostile", "run", "run_hostile"):
+        for width in (390, 1280):
+            for dark in (False, True):
+                b.screen(width, 900, dark)
+                b.open(f"{folder}/{name}.html")
+                what = f"{name}, {width} px, {'dark' if dark else 'light'}"
+                fits(b, what)
+                contrast(b, what)
+                check(f"charts keep inside the page: {what}", b.js(
+                    "return [...document.querySelectorAll('.plot')].every(p => { const r = p.getBoundingClientRect(); "
+                    "return r.width > 250 && r.left >= 0 && r.right <= document.documentElement.clientWidth; })"))
+    b.screen(1280, 900)
+    b.open(f"{folder}/run.html")
+    b.screen(500, 900)
+    b.js("window.dispatchEvent(new Event('resize'))")
+    check("charts follow the width of the window", b.js("return document.querySelector('.plot').viewBox.baseVal.width") < 500)
+    for name in ("eval_hostile", "run_hostile"):
+        b.screen(1280, 900)
+        b.open(f"{folder}/{name}.html")
+        b.js("for (const p of document.querySelectorAll('.plot')) for (let i = 0; i < 12; i++) "
+             "p.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
+        if name == "run_hostile":
+            b.keys("c", "k", "k", "j")
+        check(f"{name}: text is text", "</script><script>window.ran" in b.js("return document.body.innerText"))
+        equal(f"{name}: it did not run", b.js("return typeof window.ran"), "undefined")
+        equal(f"{name}: it made no elements", b.js("return document.querySelectorAll('img, script:not(#data)').length"), 1)
+        equal(f"{name}: numbers out of bounds draw nothing odd", reads_charts(b), 0)
+        blocked = b.js("try { document.body.innerHTML = '<b>x</b>'; return false; } catch (e) { return e.name; }")
+        equal(f"{name}: markup from strings is refused", blocked, "TypeError")
+
+
 def shots(b, folder, into):
     """docs/report-light.png and docs/report-dark.png, and others to look at while changing the page."""
     for name, width, height, dark, where in (
@@ -349,6 +523,13 @@ def shots(b, folder, into):
         b.screen(width, height, dark)
         b.open(f"{folder}/sample.html{where}")
         b.shot(into / f"{name}.png")
+    for name in ("eval", "run"):
+        for width in (1280, 390):
+            for dark in (False, True):
+                b.screen(width, 900, dark)
+                b.open(f"{folder}/{name}.html")
+                b.screen(width, min(6000, b.js("return document.documentElement.scrollHeight")), dark)
+                b.shot(into / f"{name}-{width}-{'dark' if dark else 'light'}.png")
 
 
 def main():
@@ -365,6 +546,13 @@ def main():
             equal("nothing on the console", noise, [])
             large(b, pages + "/large.html")
             hostile(b, pages + "/hostile.html")
+            b.log("browser")  # what that page was refused
+            evaluation(b, pages + "/eval.html")
+            training(b, pages + "/run.html")
+            looks_charts(b, pages)
+            noise = [m["message"] for m in b.log("browser") if m["level"] in ("SEVERE", "WARNING")]
+            refused = [m for m in noise if "TrustedHTML" in m or "trusted" in m.lower()]
+            equal("nothing on the console but the markup that was refused", [m for m in noise if m not in refused], [])
             events = [json.loads(m["message"])["message"] for m in b.log("performance")]
             asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
             other = {u for u in asked if not u.startswith((pages, "data:,"))}

@@ -1,4 +1,4 @@
-/* test_report.c - report.c: what stands in the file. What a browser makes of it is tests/report_test.sh.
+/* test_report.c - report.c and charts.c: what stands in the files. What a browser makes of them is tests/report_test.sh.
  * All comparisons are exact. */
 #define _GNU_SOURCE
 #include "../nla.h"
@@ -203,4 +203,128 @@ Test(report, what_is_not_a_result_of_explain_is_refused_and_nothing_written) {
         cr_assert(err.msg[0] && !strchr(err.msg, '\n'), "%s: %s", bad[i], err.msg);
         cr_assert_neq(access(page, F_OK), 0, "%s", bad[i]);
     }
+}
+
+/* ------------------------------------------------------------------------------------------------ evaluations, runs */
+
+static const char small_eval[] =
+    "{\"rows\":2,\"var_nrm\":0.5,\"position\":null,\"length\":[3,4],\"av\":\"</script><b>\",\"conditions\":{"
+    "\"explained\":{\"fve_nrm\":0.5,\"low\":0.4,\"high\":0.6,\"what\":\"<!--<script>\",\"mse\":[0.2,null]}}}";
+
+Test(report, a_page_of_an_evaluation_holds_its_json_and_nothing_that_html_reads) {
+    Err err = {0};
+    size_t len;
+    cr_assert_eq(report_eval(page, small_eval, strlen(small_eval), &err), 0, "%s", err.msg);
+    char *text = slurp(&len), *data = data_of(text);
+    cr_assert_eq(strcspn(data, "<>&"), strlen(data));
+    Json tree;
+    cr_assert_eq(json_parse(&tree, data, strlen(data), "data", &err), 0, "%s", err.msg);
+    cr_assert(json_is(&tree, json_get(&tree, 0, "av"), "</script><b>"));
+    static const char *const outside[] = {"https:", " src=", "url(", "@import", "innerHTML", "eval("};
+    for (size_t i = 0; i < sizeof outside / sizeof *outside; i++)
+        cr_assert_eq(count(text, outside[i]), 0, "%s", outside[i]);
+    json_free(&tree);
+    free(data);
+    free(text);
+}
+
+Test(report, what_is_not_a_result_of_eval_is_refused_and_nothing_written) {
+    static const char *const bad[] = {
+        "",
+        "{",
+        "[]",
+        "{\"rows\":2,\"var_nrm\":0.5}",
+        "{\"rows\":2,\"var_nrm\":0.5,\"conditions\":{}}",
+        "{\"rows\":2,\"var_nrm\":0.5,\"conditions\":[{}]}",
+        "{\"rows\":2,\"var_nrm\":0.5,\"conditions\":{\"explained\":1}}",
+        "{\"rows\":2,\"var_nrm\":0,\"conditions\":{\"explained\":{}}}",
+        "{\"rows\":\"2\",\"var_nrm\":0.5,\"conditions\":{\"explained\":{}}}",
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        Err err = {0};
+        cr_assert_eq(report_eval(page, bad[i], strlen(bad[i]), &err), -1, "%s", bad[i]);
+        cr_assert(err.msg[0] && !strchr(err.msg, '\n'), "%s: %s", bad[i], err.msg);
+        cr_assert_neq(access(page, F_OK), 0, "%s", bad[i]);
+    }
+    Err err = {0};
+    cr_assert_eq(report_eval("/nonexistent/nla/page.html", small_eval, strlen(small_eval), &err), -1);
+    cr_assert(strstr(err.msg, "/nonexistent/nla/page.html"), "%s", err.msg);
+}
+
+static void put(const char *name, const char *text) { /* into dir; NULL removes it */
+    char *path = xprintf("%s/%s", dir, name);
+    unlink(path);
+    FILE *out = text ? fopen(path, "w") : NULL;
+    cr_assert(!text || (out && fputs(text, out) >= 0 && fclose(out) == 0));
+    free(path);
+}
+
+/* The page of a run with these metrics, or NULL and err. To be freed. */
+static char *run_page(const char *settings, const char *metrics, Err *err) {
+    size_t len;
+    *err = (Err){0};
+    put("settings.yaml", settings);
+    put("metrics.jsonl", metrics);
+    unlink(page);
+    int status = report_run(page, dir, err);
+    put("settings.yaml", NULL);
+    put("metrics.jsonl", NULL);
+    return status ? NULL : slurp(&len);
+}
+
+Test(report, a_run_is_in_order_of_steps_the_later_of_two_lines_counts_and_a_cut_one_does_not) {
+    Err err;
+    char *text = run_page("lr: 1e-5\nlora:\n  rank: 8\nlist: [a, \"</script>\"]\n",
+                          "{\"step\":2,\"loss\":1}\n{\"step\":1,\"loss\":9}\n{\"step\":2,\"eval\":{\"fve\":0.1}}\n"
+                          "{\"step\":2,\"loss\":3}\n{\"step\":0,\"samples\":[]}\n{\"step\":2,\"eval\":{\"fve\":0.2}}\n{\"step\":3,\"lo",
+                          &err);
+    cr_assert(text, "%s", err.msg);
+    char *data = data_of(text);
+    cr_assert(strstr(data, "\"steps\": [\n{\"step\":1,\"loss\":9},\n{\"step\":2,\"loss\":3}]"), "%s", data);
+    cr_assert(strstr(data, "\"evals\": [\n{\"step\":0,\"samples\":[]},\n{\"step\":2,\"eval\":{\"fve\":0.2}}]"), "%s", data);
+    cr_assert(strstr(data, "\"lr\": \"1e-5\", \"lora.rank\": \"8\", \"list.0\": \"a\", \"list.1\": \"\\u003c/script\\u003e\"}"), "%s", data);
+    Json tree;
+    cr_assert_eq(json_parse(&tree, data, strlen(data), "data", &err), 0, "%s", err.msg);
+    json_free(&tree);
+    free(data);
+    free(text);
+    text = run_page("lr: 1\n", "{\"step\":1}", &err); /* whole, though its newline is not written yet */
+    cr_assert(text && strstr(text, "\"steps\": [\n{\"step\":1}]"), "%s", err.msg);
+    free(text);
+}
+
+Test(report, a_malformed_line_of_a_run_is_one_error_that_names_file_and_line) {
+    static const char *const bad[] = {
+        "{\"step\":2,\"lo\n",
+        "\n",
+        "[1]\n",
+        "{\"loss\":1}\n",
+        "{\"step\":\"2\"}\n",
+        "{\"step\":-1}\n",
+        "{\"step\":1.5}\n",
+        "{\"step\":2,\"loss\":NaN}\n",
+        "{\"step\":2,\"step\":3}\n",
+        "{\"step\":2,\"eval\":3}\n",
+        "{\"step\":2,\"samples\":{}}\n",
+        "{\"step\":2}{\"step\":3}\n",
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char *metrics = xprintf("{\"step\":1}\n%s{\"step\":9}\n", bad[i]);
+        Err err;
+        cr_assert(!run_page("lr: 1\n", metrics, &err), "%s", bad[i]);
+        cr_assert(strstr(err.msg, "/metrics.jsonl, line 2: ") && !strchr(err.msg, '\n'), "%s: %s", bad[i], err.msg);
+        cr_assert_neq(access(page, F_OK), 0, "%s", bad[i]);
+        free(metrics);
+    }
+}
+
+Test(report, a_run_without_its_files_says_which_is_missing) {
+    Err err;
+    cr_assert(!run_page(NULL, "{\"step\":1}\n", &err) && strstr(err.msg, "/settings.yaml"), "%s", err.msg);
+    cr_assert(!run_page("lr: 1\n", NULL, &err) && strstr(err.msg, "/metrics.jsonl"), "%s", err.msg);
+    cr_assert(!run_page("lr: 1\n", "", &err) && strstr(err.msg, "no whole line yet"), "%s", err.msg);
+    cr_assert(!run_page("lr: 1\n", "{\"st", &err) && strstr(err.msg, "no whole line yet"), "%s", err.msg);
+    cr_assert(!run_page("- 1\n", "{\"step\":1}\n", &err) && strstr(err.msg, "not a map"), "%s", err.msg);
+    err = (Err){0};
+    cr_assert(report_run(page, "/nonexistent/run", &err) && strstr(err.msg, "/nonexistent/run/settings.yaml"), "%s", err.msg);
 }
