@@ -124,7 +124,7 @@ static void put_moments(Tensor **list, const Params *p, const char *m, const cha
     }
 }
 
-static int write_model(const Run *r, const char *dir, const char *name, Model *m, const Linear *head, Sidecar *meta, Err *err) {
+static int write_model(const TrainRun *r, const char *dir, const char *name, Model *m, const Linear *head, Sidecar *meta, Err *err) {
     static const char *const stages[] = {"av_sft", "ar_sft", "rl"};
     char *path = xprintf("%s/%s", dir, name), step[32];
     int status = mkdir(path, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", path, strerror(errno));
@@ -138,7 +138,7 @@ static int write_model(const Run *r, const char *dir, const char *name, Model *m
     return status;
 }
 
-static int write_state(const Run *r, const char *dir, Err *err) {
+static int write_state(const TrainRun *r, const char *dir, Err *err) {
     char *text = NULL, *path = xprintf("%s/state.json", dir), **names = list_files(dir, "");
     size_t len = 0;
     FILE *out = open_memstream(&text, &len);
@@ -167,7 +167,7 @@ static int write_state(const Run *r, const char *dir, Err *err) {
     return status;
 }
 
-static void prune(const Run *r) {
+static void prune(const TrainRun *r) {
     int64_t *steps = checkpoint_steps(r->s.out);
     for (int i = 0; i < (int)arrlen(steps) - r->s.keep; i++) {
         if (steps[i] != r->best_step) {
@@ -179,7 +179,7 @@ static void prune(const Run *r) {
     arrfree(steps);
 }
 
-int checkpoint_save(Run *r, Err *err) {
+int checkpoint_save(TrainRun *r, Err *err) {
     char *final = xprintf("%s/checkpoint-%lld", r->s.out, (long long)r->step), *temp = xprintf("%s.tmp", final);
     remove_checkpoint(temp); /* of a run that was killed while it saved */
     Tensor *list = NULL;
@@ -256,7 +256,7 @@ static int check(const char *dir, Err *err) {
     return status;
 }
 
-char *checkpoint_latest(const Run *r, Err *err) {
+char *checkpoint_latest(const TrainRun *r, Err *err) {
     int64_t *steps = checkpoint_steps(r->s.out);
     int n = (int)arrlen(steps);
     if (n == 0) {
@@ -293,7 +293,7 @@ static int read_moments(const Safetensors *st, Params *p, const char *m, const c
     return 0;
 }
 
-int checkpoint_load(Run *r, const char *dir, Err *err) {
+int checkpoint_load(TrainRun *r, const char *dir, Err *err) {
     File file;
     Json state;
     Safetensors st;

@@ -203,30 +203,34 @@ void verbalizer_close(Verbalizer *v) {
 
 /* The forest, with the prompt up to the marker in it: it never depends on the vector, so it is computed once for all. */
 static int prepare(Verbalizer *v, int vectors, int samples, int max_tokens, Err *err) {
+    Forest *f = &v->forest;
     int tail = (int)arrlen(v->prompt) - v->marker_at, rows = v->marker_at + CACHE_ALIGN;
     rows += vectors * (tail + CACHE_ALIGN + samples * (max_tokens + CACHE_ALIGN));
     int work = vectors * (samples > tail ? samples : tail);
     work = work > v->marker_at ? work : v->marker_at;
-    if (v->forest.cache_rows >= rows && v->forest.max_rows >= work) {
-        forest_cut(&v->forest, v->marker_at > 0);
-        return 0;
+    if (f->cache_rows < rows || f->max_rows < work) {
+        forest_close(f);
+        if (forest_open(f, &v->model, v->model.config.n_layers, rows, work, FORWARD, err) != 0) {
+            return -1;
+        }
     }
-    forest_close(&v->forest);
-    if (forest_open(&v->forest, &v->model, v->model.config.n_layers, rows, work, FORWARD, err) != 0) {
-        return -1;
-    }
-    if (v->marker_at == 0) {
+    forest_cut(f, v->marker_at > 0);
+    if (v->marker_at == 0 || arrlen(f->segment) > 0) {
         return 0;
     }
     v->computed += v->marker_at;
-    return feed(&v->forest, &v->batch, forest_add(&v->forest, -1, v->marker_at, err), v->prompt, v->marker_at, NULL, err);
+    return feed(f, &v->batch, forest_add(f, -1, v->marker_at, err), v->prompt, v->marker_at, NULL, err);
+}
+
+void verbalizer_renew(Verbalizer *v) {
+    forest_cut(&v->forest, 0);
 }
 
 int verbalize(Verbalizer *v, Decoder *d, const float *vectors, int n, int64_t first_row, int samples, const Decoding *how,
               Err *err) {
     int D = v->model.config.hidden_size, length = (int)arrlen(v->prompt), tail = length - v->marker_at - 1;
     *d = (Decoder){.how = *how, .eos = v->model.config.eos, .vocab_size = v->model.config.vocab_size, .tok = v->tok,
-                   .stop = "</explanation>"};
+                   .stop = how->whole ? NULL : "</explanation>"};
     float *scaled = xmalloc((size_t)n * (size_t)D * sizeof(float));
     int status = prepare(v, n, samples, how->max_tokens, err);
     batch_clear(&v->batch);

@@ -51,8 +51,7 @@ typedef struct {
 
 static const Command *find_command(const char *name);
 
-/* Edits (insert, delete, replace) that turn a into b; for "did you mean". */
-static int edit_distance(const char *a, const char *b) {
+int edit_distance(const char *a, const char *b) {
     int n = (int)strlen(b), row[64];
     if (n > 63) {
         return 64;
@@ -788,6 +787,14 @@ static const Command commands[] = {
     {"report", "report RUN [--html FILE]", "a page with the curves and samples of a training run",
      "RUN is a run's directory with settings.yaml and metrics.jsonl; it may still be going on. Prints the name of the page it wrote.",
      run_report, 1, 1, {{"html", "FILE", TEXT, AT(html), 0, 0, "where to (default: RUN/report.html)"}}},
+    {"train", "train av|ar|rl [--config FILE] [key=value ...]", "teach an AV and an AR, or improve both by RL",
+     "av: next-token cross entropy on explanations of activations. ar: mse_nrm of the vectors that explanations are turned into.\n"
+     "rl: GRPO with the live AR as reward and a KL to the AV it started from; the AR learns on the same texts.\n"
+     "A run is a directory: settings.yaml, metrics.jsonl (see nla report) and checkpoints, whose av/ and ar/ other commands open.\n"
+     "Interrupted (Ctrl-C, kill) it saves and exits; with --resume it goes on, bit for bit as if it had not been.",
+     run_train, 1, 100, {{"config", "FILE", TEXT, AT(config), 0, 0, "settings, as YAML"},
+     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on from the newest checkpoint (only out=DIR is needed then)"},
+     {"plan", NULL, FLAG, AT(plan), 0, 0, "print the memory that these settings take, and stop"}}},
     {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
      "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
      "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"
@@ -848,6 +855,9 @@ static int run_help(const Settings *s, Err *err) {
     }
     for (const Option *o = common_options; o->name; o++) {
         print_option(o);
+    }
+    if (c->run == run_train) {
+        run_settings_help(stdout);
     }
     return 0;
 }

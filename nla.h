@@ -656,6 +656,7 @@ typedef struct {
     Sampler sampler;
     int max_tokens;
     bool ignore_eos;
+    bool whole; /* verbalize: to the end token, as in training, not only to the closing tag */
 } Decoding;
 
 typedef struct {
@@ -708,6 +709,7 @@ typedef struct {
 /* An AV directory; `sidecar` (may be NULL) names another sidecar than its own; scale NaN takes the sidecar's. */
 int verbalizer_open(Verbalizer *v, const char *dir, const char *sidecar, double scale, Engine *engine, Err *err);
 void verbalizer_close(Verbalizer *v);
+void verbalizer_renew(Verbalizer *v); /* after its weights have changed: what it keeps of the prompt is computed anew */
 /* Decodes `samples` texts for each of n vectors [n,D]; they stand in d->sample, vector by vector. A text stops at
  * </explanation> or at an end token. Row i draws its random numbers as row first_row + i. A zero or non-finite vector is
  * an error that names its row. d is the caller's to free, also after an error. */
@@ -850,6 +852,7 @@ typedef struct {
     const float *weight;    /* [tokens]: 1 / (samples * tokens of its sample) */
     int at;                 /* tokens of earlier microbatches */
     double policy, kl;      /* sums so far */
+    double apart;           /* largest |logp - old|: before the first update on a set of texts, rounding alone */
 } GrpoLoss;
 void grpo_tokens(void *context, const float *logp, float *dlogp, int first, int n);
 
@@ -859,6 +862,60 @@ typedef struct {
     int at;
 } KeepLogprobs;
 void keep_logprobs(void *context, const float *logp, float *dlogp, int first, int n);
+
+/* ---- a training run (run.c) and what it keeps on disk (checkpoint.c) */
+
+typedef enum { STAGE_AV, STAGE_AR, STAGE_RL } Stage;
+
+typedef struct { /* the keys of a run file; run.c lists them with their meaning */
+    char *out, *av, *ar, *data, *eval, *moments, *lora_modules;
+    int steps, batch, vectors, samples, micro, warmup, lora_rank, max_tokens, kl_estimator, updates, eval_every, eval_rows,
+        save_every, keep, seed;
+    double lr, lr_final, ar_lr, clip, decay, lora_alpha, kl, clip_ratio, length_penalty;
+    bool recompute, lora_rslora, log_mse, freeze_ar, permute;
+} RunSettings;
+
+/* From a YAML file (NULL: none), then key=value strings over it, then defaults. An unknown key is an error that names it and the
+ * nearest known one. */
+int run_settings_read(RunSettings *r, Stage stage, const char *config, const char *const *given, int n, Err *err);
+int run_settings_save(const RunSettings *r, Stage stage, const char *path, Err *err);
+void run_settings_help(FILE *out);
+void run_settings_free(RunSettings *r);
+
+typedef struct {
+    RunSettings s;
+    Stage stage;
+    Engine *engine;
+    Verbalizer av, ref; /* ref: the AV as it was, for the KL */
+    Reconstructor ar;
+    bool has_av, has_ref, has_ar;
+    Params av_params, ar_params; /* engine NULL: does not train */
+    AvPass av_pass, ref_pass;
+    ArPass ar_pass;
+    Dataset data, held;
+    int64_t *rows, *held_rows; /* stb: those that can be used */
+    int64_t *order, epoch;     /* rows as that epoch shuffles them */
+    double var_nrm;            /* of the held-out vectors, or of the data without any */
+    int64_t step, skipped, best_step;
+    int skipped_in_row;
+    double best, spoke;
+    FILE *metrics;
+} TrainRun;
+
+/* A step's numbers, by name, and its work (tokens) for the rate. */
+typedef struct {
+    const char *name[32];
+    double value[32], work;
+    int n;
+} Measures;
+void measure(Measures *m, const char *name, double value);
+
+bool checkpoint_any(const char *run);
+/* RUN/checkpoint-STEP, whole or not at all; older ones beyond `keep` and the best are removed. */
+int checkpoint_save(TrainRun *r, Err *err);
+/* The newest checkpoint's directory (to be freed), every file of it checked; NULL when there is none or it is damaged. */
+char *checkpoint_latest(const TrainRun *r, Err *err);
+int checkpoint_load(TrainRun *r, const char *dir, Err *err); /* step and moments; the models are opened from its directories */
 
 /* Starts, as Hugging Face directories made anew: an AV is a sidecar beside links to the base's files; an AR is blocks
  * 0..layer with an identity head (the files that transformers needs copied, per-layer lists of config.json cut). */
@@ -893,11 +950,11 @@ typedef struct {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train;
+        *sidecar, *html, *train, *config;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale;
-    bool json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
 } Settings;
 
 /* What most commands work with. */
@@ -912,6 +969,7 @@ int group_size(const Settings *s); /* prompts or vectors decoded together: as ma
 int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err); /* tokenizer: false when no text is read or printed */
 void unload(Loaded *l);
 int open_engine(Engine **engine, const Settings *s, Err *err);
+int edit_distance(const char *a, const char *b); /* insertions, deletions, replacements; 64 for long ones */
 int need(const char *value, const char *option, const Settings *s, Err *err); /* an error when the option was not given */
 void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3))); /* on stderr, unless quiet */
 /* A progress line, once a second on a terminal (in place) and every ten seconds in a log: count and rate of `unit`, and the time left
@@ -933,6 +991,7 @@ int run_reconstruct(const Settings *s, Err *err);
 int run_dump(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
 int run_eval(const Settings *s, Err *err);
+int run_train(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 int run_report(const Settings *s, Err *err);
 

@@ -256,13 +256,15 @@ static void ask_stop(int signal_number) {
     stop_asked = 1;
 }
 
-static Schedule schedule_of(const RunSettings *s, double peak) {
+/* `times`: updates of these parameters in a step. */
+static Schedule schedule_of(const RunSettings *s, double peak, int times) {
     return (Schedule){.adamw = {0.9f, 0.95f, 1e-8f, (float)s->decay}, .peak = peak, .final = s->lr_final * peak / s->lr,
-                      .warmup = s->warmup, .total = s->lr_final == s->lr ? 0 : s->steps, .clip = s->clip, .seed = (uint64_t)s->seed};
+                      .warmup = s->warmup * times, .total = s->lr_final == s->lr ? 0 : s->steps * times, .clip = s->clip,
+                      .seed = (uint64_t)s->seed};
 }
 
 /* Rows that can train: finite vectors, and an explanation where the stage needs one. */
-static int choose_rows(Run *r, const Dataset *d, bool explained, int64_t **rows, Err *err) {
+static int choose_rows(TrainRun *r, const Dataset *d, bool explained, int64_t **rows, Err *err) {
     float *v = xmalloc((size_t)d->d_model * sizeof(float));
     int status = explained && !d->line ? fail(err, "%s: has no rows.jsonl, so no explanations to learn from", d->path) : 0;
     for (int64_t i = 0; i < d->n && status == 0; i++) {
@@ -290,7 +292,7 @@ static int choose_rows(Run *r, const Dataset *d, bool explained, int64_t **rows,
     return status;
 }
 
-static int check_layer(const Run *r, const Sidecar *meta, const Dataset *d, Err *err) {
+static int check_layer(const TrainRun *r, const Sidecar *meta, const Dataset *d, Err *err) {
     (void)r;
     if (d->has_meta && d->meta.layer >= 0 && meta->layer >= 0 && d->meta.layer != meta->layer) {
         return fail(err, "%s was captured at layer %d, %s reads layer %d", d->path, d->meta.layer, meta->path, meta->layer);
@@ -312,7 +314,7 @@ static int add_adapters(const RunSettings *s, Model *m, uint64_t seed, Err *err)
 }
 
 /* Opens what the stage needs: from the checkpoint when there is one to go on from, else from the settings. */
-static int open_models(Run *r, const char *checkpoint, Err *err) {
+static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
     const RunSettings *s = &r->s;
     DType moments = s->moments && strcmp(s->moments, "bf16") == 0 ? DT_BF16 : DT_F32;
     bool trains_av = r->stage != STAGE_AR, trains_ar = r->stage == STAGE_AR || (r->stage == STAGE_RL && !s->freeze_ar);
@@ -348,7 +350,7 @@ static int open_models(Run *r, const char *checkpoint, Err *err) {
     return status;
 }
 
-static int open_data(Run *r, Err *err) {
+static int open_data(TrainRun *r, Err *err) {
     const RunSettings *s = &r->s;
     const Sidecar *meta = r->has_av ? &r->av.meta : &r->ar.meta;
     if (dataset_open(&r->data, s->data, err) != 0 || check_layer(r, meta, &r->data, err) != 0 ||
@@ -365,7 +367,7 @@ static int open_data(Run *r, Err *err) {
     return 0;
 }
 
-static void close_run(Run *r) {
+static void close_run(TrainRun *r) {
     av_pass_close(&r->av_pass);
     av_pass_close(&r->ref_pass);
     ar_pass_close(&r->ar_pass);
@@ -401,7 +403,7 @@ static void close_run(Run *r) {
 /* ------------------------------------------------------------------------------------------------ rows of a step */
 
 /* The row at place `at` of the endless sequence of shuffled epochs. */
-static int64_t row_at(Run *r, int64_t at) {
+static int64_t row_at(TrainRun *r, int64_t at) {
     int64_t n = arrlen(r->rows), epoch = at / n;
     if (!r->order || r->epoch != epoch) {
         r->order = r->order ? r->order : xmalloc((size_t)n * sizeof(int64_t));
@@ -419,7 +421,7 @@ static int64_t row_at(Run *r, int64_t at) {
 }
 
 /* Whose vector stands at a row: its own, or in the control that of another row, the same one every time. */
-static int64_t vector_row(const Run *r, const int64_t *rows, int64_t row) {
+static int64_t vector_row(const TrainRun *r, const int64_t *rows, int64_t row) {
     int64_t n = arrlen(rows);
     if (!r->s.permute || n < 2) {
         return row;
@@ -457,7 +459,7 @@ static void rows_free(Rows *x) {
     free(x->vector);
 }
 
-static int rows_read(Rows *x, const Run *r, const Dataset *d, const int64_t *all, const int64_t *row, int n, bool texts, Err *err) {
+static int rows_read(Rows *x, const TrainRun *r, const Dataset *d, const int64_t *all, const int64_t *row, int n, bool texts, Err *err) {
     *x = (Rows){.n = n, .D = d->d_model};
     x->vector = xmalloc((size_t)n * (size_t)x->D * sizeof(float));
     x->text = xcalloc((size_t)n, sizeof(char *));
@@ -490,7 +492,7 @@ static void cross_entropy(void *context, const float *logp, float *dlogp, int fi
 }
 
 /* Mean cross entropy over the tokens of all responses, some rows at a time. grad NULL: no gradient. */
-static int responses_loss(Run *r, const Rows *x, const Model *grad, double *loss, int64_t *tokens, Err *err) {
+static int responses_loss(TrainRun *r, const Rows *x, const Model *grad, double *loss, int64_t *tokens, Err *err) {
     int **response = xcalloc((size_t)x->n, sizeof(int *)), *length = xcalloc((size_t)x->n, sizeof(int)), status = 0;
     AvGroup *group = xcalloc((size_t)x->n, sizeof(AvGroup));
     *tokens = 0;
@@ -515,7 +517,7 @@ static int responses_loss(Run *r, const Rows *x, const Model *grad, double *loss
     return status;
 }
 
-static int texts_loss(Run *r, char *const *text, const size_t *len, const float *gold, int n, bool train, double *mse, Err *err) {
+static int texts_loss(TrainRun *r, char *const *text, const size_t *len, const float *gold, int n, bool train, double *mse, Err *err) {
     int D = r->ar.model.config.hidden_size, status = 0, micro = r->stage == STAGE_RL ? r->s.micro * r->s.samples : r->s.micro;
     for (int i = 0; i < n && status == 0; i += micro) {
         status = ar_pass(&r->ar_pass, (const char *const *)text + i, len + i, gold + (size_t)i * (size_t)D, n - i < micro ? n - i : micro,
@@ -533,21 +535,23 @@ static double mean(const double *x, int n) {
 }
 
 /* Applies an update, or counts it as skipped: a loss or a gradient that is not finite changes nothing. */
-static void update(Run *r, Params *p, double peak, double loss, double *norm) {
-    Schedule schedule = schedule_of(&r->s, peak);
+static void update(TrainRun *r, Params *p, const Schedule *schedule, double loss, double *norm) {
     Engine *e = r->engine;
     bool good = isfinite(loss);
     if (!good) {
         e->zero(e, p->grad, p->count);
         *norm = NAN;
     } else {
-        good = params_step(p, &schedule, norm);
+        good = params_step(p, schedule, norm);
+    }
+    if (p == &r->av_params) {
+        verbalizer_renew(&r->av);
     }
     r->skipped += !good;
     r->skipped_in_row = good ? 0 : r->skipped_in_row + 1;
 }
 
-static int step_sft(Run *r, Measures *m, Err *err) {
+static int step_sft(TrainRun *r, Measures *m, Err *err) {
     const RunSettings *s = &r->s;
     int64_t *row = xcalloc((size_t)s->batch, sizeof(int64_t));
     for (int i = 0; i < s->batch; i++) {
@@ -567,11 +571,11 @@ static int step_sft(Run *r, Measures *m, Err *err) {
         }
     }
     if (status == 0) {
-        update(r, r->stage == STAGE_AV ? &r->av_params : &r->ar_params, s->lr, loss, &norm);
+        Schedule schedule = schedule_of(s, s->lr, 1);
+        update(r, r->stage == STAGE_AV ? &r->av_params : &r->ar_params, &schedule, loss, &norm);
         measure(m, "loss", loss);
         measure(m, "grad_norm", norm);
-        measure(m, "lr", learning_rate(&(Schedule){.peak = s->lr, .final = s->lr_final, .warmup = s->warmup, .total = s->lr_final == s->lr ? 0 : s->steps},
-                                       r->step));
+        measure(m, "lr", learning_rate(&schedule, r->step));
         m->work = (double)tokens;
     }
     free(mse);
@@ -623,7 +627,7 @@ static void rollouts_free(Rollouts *o) {
 }
 
 /* 1: draws the texts, keeping every token's log-probability. A text counts when it ended by itself with both tags. */
-static int roll_out(Run *r, Rollouts *o, Err *err) {
+static int roll_out(TrainRun *r, Rollouts *o, Err *err) {
     const RunSettings *s = &r->s;
     int P = s->vectors, G = s->samples;
     int64_t *row = xcalloc((size_t)P, sizeof(int64_t));
@@ -671,7 +675,7 @@ static int roll_out(Run *r, Rollouts *o, Err *err) {
 }
 
 /* 2, 5: the live AR reads the texts. Their errors are the rewards; their gradient is the AR's own, in the same pass. */
-static int reward_texts(Run *r, Rollouts *o, double *ar_loss, Err *err) {
+static int reward_texts(TrainRun *r, Rollouts *o, double *ar_loss, Err *err) {
     int D = o->x.D, G = r->s.samples, valid = 0, *place = xcalloc((size_t)o->n, sizeof(int));
     char **text = xcalloc((size_t)o->n, sizeof(char *));
     size_t *len = xcalloc((size_t)o->n, sizeof(size_t));
@@ -712,7 +716,7 @@ static int reward_texts(Run *r, Rollouts *o, double *ar_loss, Err *err) {
 }
 
 /* What the loss needs of every token: when drawn, under the frozen AV, its sample's advantage and weight. */
-static int reference_texts(Run *r, Rollouts *o, Err *err) {
+static int reference_texts(TrainRun *r, Rollouts *o, Err *err) {
     size_t n = (size_t)o->tokens;
     o->old = xmalloc((n + 1) * sizeof(float));
     o->ref = xmalloc((n + 1) * sizeof(float));
@@ -739,8 +743,9 @@ static int reference_texts(Run *r, Rollouts *o, Err *err) {
 }
 
 /* 4: one update of the policy on the drawn texts. */
-static int policy_update(Run *r, const Rollouts *o, double *policy, double *kl, double *norm, Err *err) {
+static int policy_update(TrainRun *r, const Rollouts *o, double *policy, double *kl, double *apart, double *norm, Err *err) {
     const RunSettings *s = &r->s;
+    Schedule schedule = schedule_of(s, s->lr, s->updates);
     GrpoLoss x = {.how = {s->clip_ratio, s->kl, s->kl_estimator}, .old = o->old, .ref = o->ref, .advantage = o->advantages, .weight = o->weight};
     TokenLoss each = {&x, grpo_tokens};
     int status = 0;
@@ -753,15 +758,16 @@ static int policy_update(Run *r, const Rollouts *o, double *policy, double *kl, 
     }
     *policy = x.policy;
     *kl = x.kl;
+    *apart = x.apart;
     if (status == 0) {
-        update(r, &r->av_params, s->lr, x.policy + s->kl * x.kl, norm);
+        update(r, &r->av_params, &schedule, x.policy + s->kl * x.kl, norm);
     }
     return status;
 }
 
-static int step_rl(Run *r, Measures *m, Err *err) {
+static int step_rl(TrainRun *r, Measures *m, Err *err) {
     Rollouts o = {0};
-    double start = now(), ar_loss = 0, policy = 0, kl = 0, norm = 0, ar_norm = 0, length = 0;
+    double start = now(), ar_loss = 0, policy = 0, kl = 0, norm = 0, ar_norm = 0, length = 0, apart = 0, later = 0;
     int status = roll_out(r, &o, err);
     double drawn = now();
     status = status == 0 ? reward_texts(r, &o, &ar_loss, err) : -1;
@@ -769,20 +775,17 @@ static int step_rl(Run *r, Measures *m, Err *err) {
     status = status == 0 ? reference_texts(r, &o, err) : -1;
     double referred = now();
     for (int u = 0; u < r->s.updates && status == 0; u++) {
-        status = policy_update(r, &o, &policy, &kl, &norm, err);
+        status = policy_update(r, &o, &policy, &kl, u == 0 ? &apart : &later, &norm, err);
     }
     if (status == 0 && !r->s.freeze_ar && isfinite(ar_loss)) {
-        update(r, &r->ar_params, r->s.ar_lr, ar_loss, &ar_norm);
+        Schedule schedule = schedule_of(&r->s, r->s.ar_lr, 1);
+        update(r, &r->ar_params, &schedule, ar_loss, &ar_norm);
     }
     if (status == 0) {
-        Baseline base = {0};
         double reward = mean(o.reward, o.n), spread = 0;
         for (int i = 0; i < o.n; i++) {
             spread += (o.reward[i] - reward) * (o.reward[i] - reward) / o.n;
             length += (double)o.length[i] / o.n;
-        }
-        for (int i = 0; i < o.x.n; i++) {
-            baseline_add(&base, o.x.vector + (size_t)i * (size_t)o.x.D, o.x.D);
         }
         measure(m, "reward", reward);
         measure(m, "reward_std", sqrt(spread));
@@ -795,14 +798,14 @@ static int step_rl(Run *r, Measures *m, Err *err) {
         measure(m, "truncated", (double)o.truncated / o.n);
         measure(m, "grad_norm", norm);
         measure(m, "ar_grad_norm", ar_norm);
-        measure(m, "lr", learning_rate(&(Schedule){.peak = r->s.lr, .final = r->s.lr_final, .warmup = r->s.warmup, .total = r->s.lr_final == r->s.lr ? 0 : r->s.steps},
-                                       r->av_params.step));
+        Schedule schedule = schedule_of(&r->s, r->s.lr, r->s.updates);
+        measure(m, "lr", learning_rate(&schedule, r->av_params.step));
+        measure(m, "logp_apart", apart);
         measure(m, "seconds_rollout", drawn - start);
         measure(m, "seconds_reward_and_ar", rewarded - drawn);
         measure(m, "seconds_reference", referred - rewarded);
         measure(m, "seconds_policy", now() - referred);
         m->work = o.tokens;
-        baseline_free(&base);
     }
     rollouts_free(&o);
     return status;
@@ -824,7 +827,7 @@ static void put_fve(FILE *out, const char *name, const double *mse, int n, doubl
     }
 }
 
-static double *errors_of(Run *r, char *const *text, const float *gold, int n, Err *err) {
+static double *errors_of(TrainRun *r, char *const *text, const float *gold, int n, Err *err) {
     int D = r->ar.model.config.hidden_size, valid = 0, *place = xcalloc((size_t)n, sizeof(int));
     char **given = xcalloc((size_t)n, sizeof(char *));
     size_t *len = xcalloc((size_t)n, sizeof(size_t));
@@ -856,7 +859,7 @@ static double *errors_of(Run *r, char *const *text, const float *gold, int n, Er
 }
 
 /* What the AV says of each vector, read at temperature 0; NULL where it failed. */
-static int tell_rows(Run *r, const Rows *x, char **text, double *failed, double *tokens, Err *err) {
+static int tell_rows(TrainRun *r, const Rows *x, char **text, double *failed, double *tokens, Err *err) {
     Decoding how = {.sampler = {.top_p = 1}, .max_tokens = r->s.max_tokens};
     int status = 0;
     *failed = *tokens = 0;
@@ -887,7 +890,7 @@ static float *rotated(const Rows *x) {
     return out;
 }
 
-static void put_samples(FILE *out, const Run *r, const Rows *x, char *const *text, const double *mse) {
+static void put_samples(FILE *out, const TrainRun *r, const Rows *x, char *const *text, const double *mse) {
     fputs("}, \"samples\": [", out);
     for (int i = 0; i < x->n && i < 8; i++) {
         Json j;
@@ -911,13 +914,13 @@ static void put_samples(FILE *out, const Run *r, const Rows *x, char *const *tex
 }
 
 /* One line of the metrics: how the models do on held-out rows as they are now. */
-static int evaluate(Run *r, double *score, Err *err) {
+static int evaluate(TrainRun *r, double *score, Err *err) {
     int n = (int)(arrlen(r->held_rows) < r->s.eval_rows ? arrlen(r->held_rows) : r->s.eval_rows), status;
     Rows x;
     char *line = NULL, **text = xcalloc((size_t)n, sizeof(char *));
     size_t len = 0;
     FILE *out = open_memstream(&line, &len);
-    Run *held = r; /* the control's exchange of vectors is for training rows alone */
+    TrainRun *held = r; /* the control's exchange of vectors is for training rows alone */
     bool permute = r->s.permute, reads = r->stage != STAGE_AR && r->has_ar, has_text = r->stage != STAGE_RL && r->held.line;
     r->s.permute = false;
     status = rows_read(&x, held, &r->held, r->held_rows, r->held_rows, n, r->stage == STAGE_AR, err);
@@ -992,7 +995,7 @@ void measure(Measures *m, const char *name, double value) {
     }
 }
 
-static void write_step(Run *r, const Measures *m, double seconds) {
+static void write_step(TrainRun *r, const Measures *m, double seconds) {
     fprintf(r->metrics, "{\"step\": %lld", (long long)r->step);
     for (int i = 0; i < m->n; i++) {
         json_number(r->metrics, m->name[i], m->value[i]);
@@ -1004,13 +1007,13 @@ static void write_step(Run *r, const Measures *m, double seconds) {
     fflush(r->metrics);
 }
 
-static void say_step(const Run *r, const Settings *s, const Measures *m, double start, int64_t from) {
+static void say_step(const TrainRun *r, const Settings *s, const Measures *m, double start, int64_t from) {
     double t = now(), done = (double)(r->step - from), left = (t - start) / done * (double)(r->s.steps - r->step);
     bool last = r->step == r->s.steps;
     if (s->quiet || (!last && t - r->spoke < (isatty(STDERR_FILENO) ? 0.5 : 10))) {
         return;
     }
-    ((Run *)r)->spoke = t;
+    ((TrainRun *)r)->spoke = t;
     fprintf(stderr, "train %s: step %lld of %d", stage_names[r->stage], (long long)r->step, r->s.steps);
     for (int i = 0; i < m->n; i++) {
         static const char *const shown[] = {"loss", "reward", "fve", "ar_loss", "kl", "tokens_mean", "failed", "truncated", "grad_norm"};
@@ -1023,7 +1026,7 @@ static void say_step(const Run *r, const Settings *s, const Measures *m, double 
     fprintf(stderr, ", %.1f s a step, %.0f:%02d left\n", (t - start) / done, floor(left / 60), (int)fmod(left, 60));
 }
 
-static int one_step(Run *r, const Settings *s, double start, int64_t from, Err *err) {
+static int one_step(TrainRun *r, const Settings *s, double start, int64_t from, Err *err) {
     Measures m = {0};
     double began = now();
     int status = r->stage == STAGE_RL ? step_rl(r, &m, err) : step_sft(r, &m, err);
@@ -1045,7 +1048,7 @@ static int one_step(Run *r, const Settings *s, double start, int64_t from, Err *
     return 0;
 }
 
-static int train(Run *r, const Settings *s, Err *err) {
+static int train(TrainRun *r, const Settings *s, Err *err) {
     double start = now(), score;
     int64_t from = r->step;
     int status = 0;
@@ -1075,7 +1078,7 @@ static int train(Run *r, const Settings *s, Err *err) {
 }
 
 /* Leaves the lines of steps up to the one that is gone on from; a line cut short goes too. */
-static int open_metrics(Run *r, Err *err) {
+static int open_metrics(TrainRun *r, Err *err) {
     char *path = xprintf("%s/metrics.jsonl", r->s.out), *text = NULL;
     size_t len = 0;
     File file;
@@ -1109,7 +1112,7 @@ static int open_metrics(Run *r, Err *err) {
     return status;
 }
 
-static void print_plan(Run *r) {
+static void print_plan(TrainRun *r) {
     const RunSettings *s = &r->s;
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
     double total = 0;
@@ -1145,7 +1148,7 @@ static void print_plan(Run *r) {
     printf("%-44s %9.3f GB  (texts of up to %d tokens)\n", "in all", (total + mapped) / 1e9, s->max_tokens);
 }
 
-static int start_run(Run *r, const Settings *s, Err *err) {
+static int start_run(TrainRun *r, const Settings *s, Err *err) {
     char *checkpoint = NULL;
     struct stat st;
     if (s->resume) {
@@ -1192,7 +1195,7 @@ static int start_run(Run *r, const Settings *s, Err *err) {
 }
 
 int run_train(const Settings *s, Err *err) {
-    Run r = {.best = -INFINITY};
+    TrainRun r = {.best = -INFINITY};
     const char *name = s->argument[0], *config = s->config;
     char *saved = NULL;
     int stage = 0;

@@ -76,7 +76,6 @@ static void point_gradients(Params *p, Model *model, bool lora, const Linear *he
     forget_tensors(lora ? model_tensors(&p->gradient) : lora_tensors(&p->gradient));
     for (int i = 0; i < (int)arrlen(own); i++) {
         own[i].tensor->data = (float *)p->grad + p->offset[i];
-        own[i].tensor->dtype = DT_F32;
     }
     if (model->config.tied && model->lm_head.n) {
         p->gradient.lm_head.w[0] = p->gradient.embed;
@@ -112,6 +111,8 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
         if (lora && (!head || t != &head->w[0])) {
             free((void *)t->data); /* the adapters' own memory, where they were until now */
         }
+        t->dtype = DT_F32;
+        t->bytes = n * sizeof(float);
         arrput(p->offset, at);
         at += n;
     }
@@ -119,7 +120,6 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
     point_gradients(p, model, lora, head);
     for (int i = 0; i < (int)arrlen(p->tensor); i++) {
         p->tensor[i].tensor->data = (float *)p->weight + p->offset[i];
-        p->tensor[i].tensor->dtype = DT_F32;
     }
     if (model->config.tied && model->lm_head.n) {
         model->lm_head.w[0] = model->embed;
@@ -469,6 +469,8 @@ void grpo_tokens(void *context, const float *logp, float *dlogp, int first, int 
         int t = x->at + first + i;
         double policy, kl, slope;
         grpo_token(&x->how, (double)logp[i], (double)x->old[t], (double)x->ref[t], (double)x->advantage[t], &policy, &kl, &slope);
+        double apart = fabs((double)logp[i] - (double)x->old[t]);
+        x->apart = apart > x->apart ? apart : x->apart;
         x->policy += (double)x->weight[t] * policy;
         x->kl += (double)x->weight[t] * kl;
         dlogp[i] = (float)((double)x->weight[t] * slope);
