@@ -124,7 +124,7 @@ static void put_moments(Tensor **list, const Params *p, const char *m, const cha
     }
 }
 
-static int write_model(const TrainRun *r, const char *dir, const char *name, Model *m, const Linear *head, Sidecar *meta, Err *err) {
+static int write_model(const TrainRun *r, const char *dir, const char *name, const char *base, Model *m, const Linear *head, Sidecar *meta, Err *err) {
     static const char *const stages[] = {"av_sft", "ar_sft", "rl"};
     char *path = xprintf("%s/%s", dir, name), step[32];
     int status = mkdir(path, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", path, strerror(errno));
@@ -133,7 +133,7 @@ static int write_model(const TrainRun *r, const char *dir, const char *name, Mod
     yaml_set(meta->yaml, "training.step", step, false);
     yaml_set(meta->yaml, "training.data", r->s.data, true);
     yaml_set(meta->yaml, "created_by", "nla train", false);
-    status = status == 0 ? model_write(path, m, head, meta->yaml, err) : -1;
+    status = status == 0 ? model_write(path, base, m, head, meta->yaml, err) : -1;
     free(path);
     return status;
 }
@@ -185,10 +185,10 @@ int checkpoint_save(TrainRun *r, Err *err) {
     Tensor *list = NULL;
     int status = mkdir(temp, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", temp, strerror(errno));
     if (status == 0 && r->av_params.engine) {
-        status = write_model(r, temp, "av", &r->av.model, NULL, &r->av.meta, err);
+        status = write_model(r, temp, "av", r->s.av, &r->av.model, NULL, &r->av.meta, err);
     }
     if (status == 0 && r->ar_params.engine) {
-        status = write_model(r, temp, "ar", &r->ar.model, &r->ar.head, &r->ar.meta, err);
+        status = write_model(r, temp, "ar", r->s.ar, &r->ar.model, &r->ar.head, &r->ar.meta, err);
     }
     if (status == 0) {
         put_moments(&list, &r->av_params, "av.m", "av.v");

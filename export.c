@@ -179,8 +179,8 @@ static void write_value(FILE *out, const Json *json, int node, int layers) {
 
 /* The base's config.json for `layers` layers; of a wrapper the text model's part alone. When the file leaves
  * num_hidden_layers to the class default, it is added. */
-static int write_config(const char *dir, const Model *m, int layers, Err *err) {
-    char *from = xprintf("%s/config.json", m->dir), *to = xprintf("%s/config.json", dir), *text = NULL;
+static int write_config(const char *dir, const char *base, const Model *m, int layers, Err *err) {
+    char *from = xprintf("%s/config.json", base), *to = xprintf("%s/config.json", dir), *text = NULL;
     size_t len;
     File file;
     Json json;
@@ -273,7 +273,7 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
     }
     status = take_files(s.temp, m->dir, false, err);
     if (status == 0) {
-        status = write_config(s.temp, m, layer + 1, err);
+        status = write_config(s.temp, m->dir, m, layer + 1, err);
     }
     if (status == 0) {
         Model cut = *m;
@@ -293,13 +293,13 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
 
 /* ------------------------------------------------------------------------------------------------ what was trained */
 
-int model_write(const char *dir, Model *m, const Linear *head, const Yaml *sidecar, Err *err) {
+int model_write(const char *dir, const char *base, Model *m, const Linear *head, const Yaml *sidecar, Err *err) {
     int status = 0;
     if (m->lora.rank) {
         status = lora_save(m, &m->lora, dir, err);
     } else {
-        status = take_files(dir, m->dir, false, err);
-        status = status == 0 ? write_config(dir, m, m->config.n_layers, err) : -1;
+        status = take_files(dir, base, false, err);
+        status = status == 0 ? write_config(dir, base, m, m->config.n_layers, err) : -1;
         status = status == 0 ? write_weights(dir, m, err) : -1;
     }
     if (status == 0 && head) {
@@ -368,4 +368,123 @@ int run_init(const Settings *s, Err *err) {
     arrfree(layers);
     unload(&l);
     return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ nla export */
+
+/* W + scale * up down of every adapted matrix, in memory of its own (added to *owned); the adapters are then gone. */
+static void merge_adapters(Model *m, float ***owned) {
+    for (int layer = 0; layer < m->config.n_layers; layer++) {
+        for (int i = 0; i < MODULES; i++) {
+            int at, down = 0;
+            Linear *w = block_linear(&m->block[layer], i, &at);
+            if (!w->lora || !w->lora->up[at].data) {
+                continue;
+            }
+            for (int j = 0; j < at; j++) {
+                down += w->lora->up[j].data != NULL;
+            }
+            const float *a = w->lora->down.w[down].data, *b = w->lora->up[at].data;
+            size_t rows = (size_t)w->w[at].shape[0], columns = (size_t)w->in, rank = (size_t)w->lora->rank;
+            float *sum = xmalloc(rows * columns * sizeof(float));
+            (void)tensor_to_floats(sum, &w->w[at]);
+            for (size_t o = 0; o < rows; o++) {
+                for (size_t r = 0; r < rank; r++) {
+                    float scaled = w->lora->scale * b[o * rank + r];
+                    for (size_t c = 0; c < columns; c++) {
+                        sum[o * columns + c] += scaled * a[r * columns + c];
+                    }
+                }
+            }
+            w->w[at].data = sum;
+            w->w[at].dtype = DT_F32;
+            w->w[at].bytes = rows * columns * sizeof(float);
+            arrput(*owned, sum);
+        }
+    }
+    lora_free(m);
+}
+
+/* Every tensor in `dtype`, in memory of its own where it was in another. */
+static void convert(Model *m, DType dtype, float ***owned) {
+    Named *list = model_tensors(m);
+    for (int i = 0; i < (int)arrlen(list); i++) {
+        Tensor *t = list[i].tensor;
+        size_t n = tensor_elements(t);
+        if (t->dtype == dtype) {
+            continue;
+        }
+        float *wide = xmalloc(n * sizeof(float));
+        (void)tensor_to_floats(wide, t);
+        for (size_t j = 0; j < n && dtype == DT_BF16; j++) { /* in place: a bf16 takes half of what it is read from */
+            ((uint16_t *)(void *)wide)[j] = f32_to_bf16(wide[j]);
+        }
+        *t = (Tensor){.name = t->name, .dtype = dtype, .n_dims = t->n_dims, .shape = {t->shape[0], t->shape[1]}, .data = wide,
+                      .bytes = n * dtype_size(dtype)};
+        arrput(*owned, wide);
+    }
+    named_free(list);
+}
+
+int run_export(const Settings *s, Err *err) {
+    const char *dir = s->argument[0], *dtype = s->dtype ? s->dtype : "bf16";
+    bool narrow = strcmp(dtype, "bf16") == 0;
+    Engine *engine = NULL;
+    Sidecar meta;
+    Safetensors head = {0};
+    Model m = {0};
+    float **owned = NULL;
+    if (need(s->out, "out", s, err) != 0) {
+        return -1;
+    }
+    if (!narrow && strcmp(dtype, "f32") != 0) {
+        return fail(err, "--dtype is bf16 or f32, not '%s'", dtype);
+    }
+    int status = sidecar_load(&meta, dir, err);
+    if (status != 0) {
+        return -1;
+    }
+    status = open_engine(&engine, s, err);
+    bool opened = status == 0 && adapted_load(&m, dir, meta.ar ? meta.layer + 1 : 0, engine, err) == 0;
+    Linear value = {0};
+    if (opened && meta.ar) {
+        char *path = xprintf("%s/value_head.safetensors", dir);
+        status = safetensors_open(&head, path, err);
+        const Tensor *w = status == 0 ? safetensors_find(&head, "weight") : NULL;
+        if (status == 0 && !w) {
+            status = fail(err, "%s: holds no tensor 'weight'", path);
+        } else if (status == 0) {
+            value.w[0] = *w;
+        }
+        free(path);
+    }
+    Staging stage_dir;
+    if (opened && status == 0 && (status = stage(&stage_dir, s->out, err)) == 0) {
+        if (s->merge) {
+            merge_adapters(&m, &owned);
+        }
+        if (!m.lora.rank) {
+            convert(&m, narrow ? DT_BF16 : DT_F32, &owned);
+        }
+        status = model_write(stage_dir.temp, m.dir, &m, meta.ar ? &value : NULL, meta.yaml, err);
+        status = unstage(&stage_dir, status, err);
+    }
+    if (opened && status == 0) {
+        note(s, "%s: %s\n", s->out, m.lora.rank ? "adapters in PEFT's layout" : "a Hugging Face directory");
+    }
+    for (int i = 0; i < (int)arrlen(owned); i++) {
+        free(owned[i]);
+    }
+    arrfree(owned);
+    if (opened) {
+        model_free(&m);
+    }
+    if (head.file) {
+        safetensors_close(&head);
+    }
+    if (engine) {
+        engine->close(engine);
+    }
+    sidecar_free(&meta);
+    return opened ? status : -1;
 }

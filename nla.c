@@ -795,6 +795,12 @@ static const Command commands[] = {
      run_train, 1, 100, {{"config", "FILE", TEXT, AT(config), 0, 0, "settings, as YAML"},
      {"resume", NULL, FLAG, AT(resume), 0, 0, "go on from the newest checkpoint (only out=DIR is needed then)"},
      {"plan", NULL, FLAG, AT(plan), 0, 0, "print the memory that these settings take, and stop"}}},
+    {"export", "export DIR --out DIR [--merge] [--dtype bf16|f32]", "a trained AV or AR as a directory that others open",
+     "DIR is an AV or an AR, such as RUN/checkpoint-100/av. Adapters stay adapters (PEFT's layout) unless they are merged into the\n"
+     "weights; weights become a Hugging Face directory.",
+     run_export, 1, 1, {{"out", "DIR", TEXT, AT(out), 0, 0, "the directory to make"},
+     {"merge", NULL, FLAG, AT(merge), 0, 0, "add the adapters to the weights they are for"},
+     {"dtype", "bf16|f32", TEXT, AT(dtype), 0, 0, "of the weights (default: bf16); adapters and the value head stay f32"}}},
     {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
      "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
      "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"

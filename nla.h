@@ -922,8 +922,9 @@ int checkpoint_load(TrainRun *r, const char *dir, Err *err); /* step and moments
 int av_start(const char *dir, const char *base, const Yaml *sidecar, Err *err);
 int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Err *err);
 /* Writes a trained model into the existing directory `dir`: its adapters in PEFT's layout when it has some, else a Hugging Face
- * directory of its weights as they are in memory; with the value head and the sidecar when they are given. */
-int model_write(const char *dir, Model *m, const Linear *head, const Yaml *sidecar, Err *err);
+ * directory of its weights as they are in memory, tokenizer and config from `base`; with the value head and the sidecar when
+ * they are given. */
+int model_write(const char *dir, const char *base, Model *m, const Linear *head, const Yaml *sidecar, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ pages to look at */
 
@@ -950,11 +951,11 @@ typedef struct {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config;
+        *sidecar, *html, *train, *config, *dtype;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale;
-    bool resume, plan, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, merge, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
 } Settings;
 
 /* What most commands work with. */
@@ -992,6 +993,7 @@ int run_dump(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
 int run_eval(const Settings *s, Err *err);
 int run_train(const Settings *s, Err *err);
+int run_export(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 int run_report(const Settings *s, Err *err);
 

@@ -813,6 +813,12 @@ static int step_rl(TrainRun *r, Measures *m, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ evaluation */
 
+static int metrics_written(TrainRun *r, Err *err) {
+    return fflush(r->metrics) == 0 && !ferror(r->metrics)
+               ? 0
+               : fail(err, "%s/metrics.jsonl: cannot write: %s; the last checkpoint is intact", r->s.out, strerror(errno));
+}
+
 /* 1 - mean / var, with the interval that the mean's standard error gives. */
 static void put_fve(FILE *out, const char *name, const double *mse, int n, double var, bool interval) {
     double m = mean(mse, n), squares = 0;
@@ -974,7 +980,7 @@ static int evaluate(TrainRun *r, double *score, Err *err) {
     fclose(out);
     if (status == 0) {
         fwrite(line, 1, len, r->metrics);
-        fflush(r->metrics);
+        status = metrics_written(r, err);
     }
     r->s.permute = permute;
     for (int i = 0; i < n; i++) {
@@ -995,7 +1001,7 @@ void measure(Measures *m, const char *name, double value) {
     }
 }
 
-static void write_step(TrainRun *r, const Measures *m, double seconds) {
+static int write_step(TrainRun *r, const Measures *m, double seconds, Err *err) {
     fprintf(r->metrics, "{\"step\": %lld", (long long)r->step);
     for (int i = 0; i < m->n; i++) {
         json_number(r->metrics, m->name[i], m->value[i]);
@@ -1004,7 +1010,7 @@ static void write_step(TrainRun *r, const Measures *m, double seconds) {
     json_number(r->metrics, r->stage == STAGE_AR ? "bytes_per_s" : "tokens_per_s", m->work / seconds);
     json_number(r->metrics, "seconds", seconds);
     fputs("}\n", r->metrics);
-    fflush(r->metrics);
+    return metrics_written(r, err);
 }
 
 static void say_step(const TrainRun *r, const Settings *s, const Measures *m, double start, int64_t from) {
@@ -1039,7 +1045,9 @@ static int one_step(TrainRun *r, const Settings *s, double start, int64_t from, 
             break;
         }
     }
-    write_step(r, &m, now() - began);
+    if (write_step(r, &m, now() - began, err) != 0) {
+        return -1;
+    }
     say_step(r, s, &m, start, from);
     if (r->skipped_in_row >= 10) {
         return fail(err, "ten updates in a row were not finite and were skipped; lower lr (%g) or look at the data. The last checkpoint is intact",
@@ -1151,7 +1159,7 @@ static void print_plan(TrainRun *r) {
 static int start_run(TrainRun *r, const Settings *s, Err *err) {
     char *checkpoint = NULL;
     struct stat st;
-    if (s->resume) {
+    if (s->resume) { /* before anything is opened */
         checkpoint = checkpoint_latest(r, err);
         if (!checkpoint) {
             return -1;
@@ -1208,7 +1216,8 @@ int run_train(const Settings *s, Err *err) {
     r.stage = (Stage)stage;
     for (int i = 1; s->resume && !config && i < (int)arrlen(s->argument); i++) {
         if (strncmp(s->argument[i], "out=", 4) == 0) { /* a run that goes on needs no settings but its own */
-            config = saved = xprintf("%s/settings.yaml", s->argument[i] + 4);
+            saved = xprintf("%s/settings.yaml", s->argument[i] + 4);
+            config = access(saved, F_OK) == 0 ? saved : NULL;
         }
     }
     int status = run_settings_read(&r.s, r.stage, config, s->argument + 1, (int)arrlen(s->argument) - 1, err);

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measure nla beside OpenBLAS, PyTorch and transformers on the CPU: ratios from one run, with the same number of threads.
 
-    ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|load ...] [--model DIR] [--tokenizers DIR ...]
+    ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|train|load ...] [--model DIR] [--tokenizers DIR ...]
                                                 [--nla ./nla] [--threads 2] [--rounds 5] [--quick] [--json FILE]
 
     linear    matrix products at the shapes of SmolLM2-135M and Qwen2.5-7B (needs no model)
     forward   2,048 tokens: one document, 8 documents, 20 documents of uneven lengths
+    train     a step of AV and AR warm start on 16 rows, all weights trained
     decode    100 tokens for each of 32 rows: an AV reading 32 vectors, samples of one prompt, and 32 different prompts
     load      weights and tokenizer to first use
 
@@ -26,6 +27,7 @@ import ctypes
 import datetime
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -351,6 +353,109 @@ def bench_decode(bench, directory, model, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# train
+
+TRAIN_ROWS, TRAIN_STEPS = 16, 4
+
+
+def training_rows(bench, directory, folder, rows):
+    """An AV, an AR and a dataset of `rows` rows with explanations of 60 to 110 words, over random vectors."""
+    random = numpy.random.default_rng(4)
+    width = json.loads((directory / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    vectors = torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
+    acts = folder / "acts"
+    acts.mkdir()
+    safetensors.torch.save_file({"activation_vector": vectors, "n_raw_tokens": torch.full((rows,), 60), "row_id": torch.arange(rows)},
+                                acts / "activations.safetensors")  # fmt: skip
+    texts = [" ".join(random.choice(WORDS, n)) + "." for n in random.integers(60, 110, rows)]
+    (acts / "rows.jsonl").write_text("".join(json.dumps({"doc_id": str(i), "n_raw_tokens": 60, "text": "", "explanation": text}) + "\n"
+                                             for i, text in enumerate(texts)), encoding="utf-8")  # fmt: skip
+    (acts / "nla_meta.yaml").write_text(f"kind: nla_dataset\nstage: av_sft\nrow_count: {rows}\nextraction: {{d_model: {width}}}\n",
+                                        encoding="utf-8")  # fmt: skip
+    bench.run("init", "--model", directory, "--av", folder / "av", "--ar", folder / "ar", "--injection-scale", 100)
+    return acts, vectors, texts
+
+
+def nla_step_seconds(bench, stage, folder, acts, rows, *more):
+    """Median seconds of a step, the first left out."""
+    out = folder / f"run-{time.time_ns()}"
+    bench.run("train", stage, f"out={out}", f"{stage}={folder / stage}", f"data={acts}", f"steps={TRAIN_STEPS}", f"batch={rows}",
+              "micro=16", "save_every=1000", *more)  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.rmtree(out)
+    return statistics.median(line["seconds"] for line in lines[1:])
+
+
+def torch_av_step(directory, folder, vectors, texts):
+    """A plain step on the same rows: padded on the right, the response's tokens alone in the loss, clipping, AdamW, fp32."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    meta = yaml.safe_load((folder / "av/nla_meta.yaml").read_text(encoding="utf-8"))
+    template = meta["prompt_templates"]["av"].replace("{injection_char}", meta["tokens"]["injection_char"])
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": template}], add_generation_prompt=True, return_dict=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    responses = [tokenizer(f"<explanation>\n{text}\n</explanation>", add_special_tokens=False)["input_ids"] + [end] for text in texts]
+    longest = len(prompt) + max(map(len, responses))
+    ids, labels, mask = (torch.full((len(texts), longest), fill) for fill in (end, -100, 0))
+    for i, response in enumerate(responses):
+        n = len(prompt) + len(response)
+        ids[i, :n], mask[i, :n], labels[i, len(prompt) : n] = torch.tensor(prompt + response), 1, torch.tensor(response)
+    at = prompt.index(meta["tokens"]["injection_token_id"])
+    injected = 100 * vectors / vectors.norm(dim=1, keepdim=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0)
+
+    def step():
+        embeddings = model.get_input_embeddings()(ids).clone()
+        embeddings[:, at] = injected
+        loss = model(inputs_embeds=embeddings, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def torch_ar_step(folder, vectors, texts):
+    directory = folder / "ar"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32)
+    model.norm = torch.nn.Identity()
+    head = torch.nn.Linear(vectors.shape[1], vectors.shape[1], bias=False)
+    torch.nn.init.eye_(head.weight)
+    template = yaml.safe_load((directory / "nla_meta.yaml").read_text(encoding="utf-8"))["prompt_templates"]["ar"]
+    batch = tokenizer([template.replace("{explanation}", text) for text in texts], padding=True, padding_side="left", return_tensors="pt")
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-5, betas=(0.9, 0.95), weight_decay=0)
+
+    def step():
+        out = head(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, -1])
+        loss = (2 * (1 - torch.nn.functional.cosine_similarity(out, vectors))).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bench_train(bench, directory):
+    with tempfile.TemporaryDirectory(prefix="nla-bench-") as name:
+        folder = Path(name)
+        acts, vectors, texts = training_rows(bench, directory, folder, TRAIN_ROWS)
+        for stage, goal, step in (("av", 1.6, torch_av_step(directory, folder, vectors, texts)),
+                                  ("ar", 1.2, torch_ar_step(folder, vectors, texts))):  # fmt: skip
+            progress(f"training, {stage}")
+            seconds = bench.alternate({
+                "nla": lambda: nla_step_seconds(bench, stage, folder, acts, TRAIN_ROWS),
+                "recomputed": lambda: nla_step_seconds(bench, stage, folder, acts, TRAIN_ROWS, "recompute=true"),
+                "torch": lambda: median_seconds(step, 2),
+            })  # fmt: skip
+            bench.add(f"{stage.upper()} step, {TRAIN_ROWS} rows", "PyTorch", Goal(ratio=goal), seconds["nla"], seconds["torch"])
+            bench.add(f"{stage.upper()} step, {TRAIN_ROWS} rows, recomputed", "PyTorch", Goal(), seconds["recomputed"], seconds["torch"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # load
 
 
@@ -425,7 +530,7 @@ def print_table(results):
 
 
 def parse_arguments():
-    parts = ("linear", "forward", "decode", "load")
+    parts = ("linear", "forward", "decode", "train", "load")
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (default: all that can be run)")
     options.add_argument("--nla", type=Path, default=ROOT / "nla", help="the program (default: ./nla)")
@@ -463,6 +568,8 @@ def main():
             bench_forward(bench, given.model, model)
         if "decode" in given.parts:
             bench_decode(bench, given.model, model, transformers.AutoTokenizer.from_pretrained(given.model))
+    if "train" in given.parts:
+        bench_train(bench, given.model)
     if "load" in given.parts:
         bench_load(bench, given.model)
     for directory in given.tokenizers:
