@@ -443,7 +443,8 @@ static char *explanation_at(const Dataset *d, int64_t row, size_t *len, Err *err
 /* Vectors and texts of n rows. */
 typedef struct {
     int n, D;
-    float *vector; /* [n, D] */
+    float *vector; /* [n, D]: what the AV is shown */
+    float *gold;   /* [n, D]: the rows' own; another memory only in the control that exchanges vectors */
     char **text;   /* [n] */
     size_t *len;
     int64_t *row;
@@ -456,17 +457,23 @@ static void rows_free(Rows *x) {
     free(x->text);
     free(x->len);
     free(x->row);
+    if (x->gold != x->vector) {
+        free(x->gold);
+    }
     free(x->vector);
 }
 
 static int rows_read(Rows *x, const TrainRun *r, const Dataset *d, const int64_t *all, const int64_t *row, int n, bool texts, Err *err) {
     *x = (Rows){.n = n, .D = d->d_model};
-    x->vector = xmalloc((size_t)n * (size_t)x->D * sizeof(float));
+    size_t count = (size_t)n * (size_t)x->D;
+    x->vector = xmalloc(count * sizeof(float));
+    x->gold = r->s.permute ? xmalloc(count * sizeof(float)) : x->vector;
     x->text = xcalloc((size_t)n, sizeof(char *));
     x->len = xcalloc((size_t)n, sizeof(size_t));
     x->row = xcalloc((size_t)n, sizeof(int64_t));
     for (int i = 0; i < n; i++) {
         x->row[i] = row[i];
+        dataset_vector(d, row[i], x->gold + (size_t)i * (size_t)x->D);
         dataset_vector(d, vector_row(r, all, row[i]), x->vector + (size_t)i * (size_t)x->D);
         if (texts && !(x->text[i] = explanation_at(d, row[i], &x->len[i], err))) {
             return fail(err, "%s: row %lld has no explanation", d->path, (long long)row[i]);
@@ -686,7 +693,7 @@ static int reward_texts(TrainRun *r, Rollouts *o, double *ar_loss, Err *err) {
     o->advantage = xcalloc((size_t)o->n, sizeof(double));
     for (int i = 0; i < o->n; i++) {
         if (o->text[i]) {
-            memcpy(gold + (size_t)valid * (size_t)D, o->x.vector + (size_t)(i / G) * (size_t)D, (size_t)D * sizeof(float));
+            memcpy(gold + (size_t)valid * (size_t)D, o->x.gold + (size_t)(i / G) * (size_t)D, (size_t)D * sizeof(float));
             text[valid] = o->text[i];
             len[valid] = o->len[i];
             place[valid++] = i;
@@ -941,9 +948,9 @@ static int evaluate(TrainRun *r, double *score, Err *err) {
         if (rows_read(&y, r, &r->held, r->held_rows, r->held_rows, n, true, &none) == 0) { /* held-out rows may lack explanations */
             status = responses_loss(r, &y, NULL, &loss, &tokens, err);
             float *own = y.vector;
-            y.vector = turned;
+            y.vector = y.gold = turned;
             status = status == 0 ? responses_loss(r, &y, NULL, &other, &tokens, err) : -1;
-            y.vector = own;
+            y.vector = y.gold = own;
             json_number(out, "loss", loss);
             json_number(out, "loss_permuted", other);
             *score = -loss;
