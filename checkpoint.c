@@ -106,14 +106,26 @@ bool checkpoint_any(const char *run) {
 
 /* ------------------------------------------------------------------------------------------------ saving */
 
+/* Read, not mapped: the pages of a large mapped file would count as this program's memory. */
 static int hash_file(const char *path, uint64_t *hash, Err *err) {
-    File file;
-    if (file_map(&file, path, err) != 0) {
-        return -1;
+    enum { CHUNK = 1 << 20 };
+    FILE *in = fopen(path, "rb");
+    if (!in) {
+        return fail(err, "%s: %s", path, strerror(errno));
     }
-    *hash = XXH3_64bits(file.data, file.len);
-    file_unmap(&file);
-    return 0;
+    XXH3_state_t *state = XXH3_createState();
+    char *chunk = xmalloc(CHUNK);
+    size_t n;
+    XXH3_64bits_reset(state);
+    while ((n = fread(chunk, 1, CHUNK, in)) > 0) {
+        XXH3_64bits_update(state, chunk, n);
+    }
+    int status = ferror(in) ? fail(err, "%s: %s", path, strerror(errno)) : 0;
+    *hash = XXH3_64bits_digest(state);
+    XXH3_freeState(state);
+    free(chunk);
+    fclose(in);
+    return status;
 }
 
 static void put_moments(Tensor **list, const Params *p, const char *m, const char *v) {

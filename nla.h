@@ -807,7 +807,7 @@ typedef struct {
 } AvPass;
 int av_pass(AvPass *p, const AvGroup *group, int groups, const TokenLoss *loss, const Model *grad, Err *err);
 void av_pass_close(AvPass *p);
-size_t av_pass_bytes(const Verbalizer *av, int groups, int samples, int response, Passes passes);
+size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens, Passes passes); /* tokens: of all responses */
 /* The response that a training row teaches: the explanation between its tags and the chat's end-of-turn token. */
 int av_response(const Verbalizer *av, const char *explanation, size_t len, int **ids, Err *err);
 int av_end_of_turn(const Verbalizer *av); /* -1 when the prompt's template has none that the tokenizer knows */
@@ -826,6 +826,7 @@ typedef struct {
 int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *gold, int n, double weight, double *mse,
             const Params *params, Err *err);
 void ar_pass_close(ArPass *p);
+size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes); /* tokens: of all texts, the shared start once */
 
 /* r = -mse_nrm (failed: -2), or -log(mse_nrm) (failed: -log 2), less length_penalty a token. */
 typedef struct {

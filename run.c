@@ -1127,40 +1127,74 @@ static int open_metrics(TrainRun *r, Err *err) {
     return status;
 }
 
-static void print_plan(TrainRun *r) {
+static int longer_first(const void *a, const void *b) {
+    return *(const int *)b - *(const int *)a;
+}
+
+/* Tokens of the `micro` longest rows, the most that a microbatch can hold; of a sample of the rows when they are many. */
+static int longest_rows(const TrainRun *r, Err *err) {
+    int64_t n = arrlen(r->rows), step = n / 4096 + 1;
+    int *lengths = NULL, *ids = NULL, status = 0, sum = 0, start = r->has_ar ? (int)arrlen(r->ar.start) : 0;
+    for (int64_t i = 0; i < n && status == 0; i += step) {
+        size_t len;
+        char *text = explanation_at(&r->data, r->rows[i], &len, err);
+        arrsetlen(ids, 0);
+        status = !text ? -1
+                 : r->stage == STAGE_AV ? av_response(&r->av, text, len, &ids, err)
+                                        : sidecar_text_ids(&r->ar.meta, r->ar.tok, text, len, &ids, err);
+        arrput(lengths, (int)arrlen(ids) - (r->stage == STAGE_AR ? start : 0));
+        free(text);
+    }
+    qsort(lengths, arrlenu(lengths), sizeof *lengths, longer_first);
+    for (int i = 0; i < r->s.micro; i++) {
+        sum += lengths[i < (int)arrlen(lengths) ? i : (int)arrlen(lengths) - 1];
+    }
+    arrfree(lengths);
+    arrfree(ids);
+    return status == 0 ? sum : -1;
+}
+
+static int print_plan(const TrainRun *r, Err *err) {
     const RunSettings *s = &r->s;
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
+    bool rl = r->stage == STAGE_RL;
+    int tokens = rl ? s->micro * s->samples * s->max_tokens : longest_rows(r, err), texts = rl ? s->micro * s->samples : s->micro;
     double total = 0;
     struct {
         const char *what;
         double bytes;
     } part[8];
-    int n = 0, samples = r->stage == STAGE_RL ? s->samples : 1;
+    int n = 0;
+    if (tokens < 0) {
+        return -1;
+    }
 #define PART(name, count) part[n].what = (name), part[n++].bytes = (double)(count)
     if (r->av_params.engine) {
         PART("AV: trained weights, gradients, moments", r->av_params.bytes);
-        PART("AV: a microbatch's passes", av_pass_bytes(&r->av, s->micro, samples, s->max_tokens, passes));
+        PART("AV: a microbatch there and back", av_pass_bytes(&r->av, s->micro, texts, tokens, passes));
     }
-    if (r->has_ref) {
-        PART("reference AV: a microbatch's pass", av_pass_bytes(&r->ref, s->micro, samples, s->max_tokens, FORWARD));
-        PART("drawing texts", av_pass_bytes(&r->av, s->vectors, samples, s->max_tokens, FORWARD));
+    if (rl) {
+        PART("reference AV: a microbatch", av_pass_bytes(&r->ref, s->micro, texts, tokens, FORWARD));
+        PART("drawing texts", av_pass_bytes(&r->av, s->vectors, s->vectors * s->samples, s->vectors * s->samples * s->max_tokens, FORWARD));
+        tokens += texts * ((int)arrlen(r->ar.meta.suffix_ids) + 4) + (int)arrlen(r->ar.start);
     }
     if (r->ar_params.engine) {
-        int rows = s->micro * samples * (s->max_tokens + 32);
         PART("AR: trained weights, gradients, moments", r->ar_params.bytes);
-        PART("AR: a microbatch's passes", forest_bytes(&r->ar.model.config, r->ar.model.config.n_layers, rows, rows, passes));
-    }
-    for (int i = 0; i < n; i++) {
-        printf("%-44s %9.3f GB\n", part[i].what, part[i].bytes / 1e9);
-        total += part[i].bytes;
+        PART("AR: a microbatch there and back", ar_pass_bytes(&r->ar, texts, tokens, passes));
     }
     const Model *m = r->has_av ? &r->av.model : &r->ar.model;
     double mapped = 0;
     for (int i = 0; i < (int)arrlen(m->files.file); i++) {
         mapped += (double)m->files.file[i].len;
     }
-    printf("%-44s %9.3f GB\n", "weights, mapped", mapped / 1e9);
-    printf("%-44s %9.3f GB  (texts of up to %d tokens)\n", "in all", (total + mapped) / 1e9, s->max_tokens);
+    PART("weights, mapped", mapped);
+#undef PART
+    for (int i = 0; i < n; i++) {
+        printf("%-42s %9.3f GB\n", part[i].what, part[i].bytes / 1e9);
+        total += part[i].bytes;
+    }
+    printf("%-42s %9.3f GB\n", "in all", total / 1e9);
+    return 1;
 }
 
 static int start_run(TrainRun *r, const Settings *s, Err *err) {
@@ -1191,9 +1225,8 @@ static int start_run(TrainRun *r, const Settings *s, Err *err) {
         free(v);
     }
     if (status == 0 && s->plan) {
-        print_plan(r);
         free(checkpoint);
-        return 1;
+        return print_plan(r, err);
     }
     if (status == 0 && checkpoint) {
         status = checkpoint_load(r, checkpoint, err);

@@ -199,8 +199,8 @@ static int av_rows(const Verbalizer *av, int groups, int responses, int tokens, 
     return rows;
 }
 
-size_t av_pass_bytes(const Verbalizer *av, int groups, int samples, int response, Passes passes) {
-    int cache, rows = av_rows(av, groups, groups * samples, groups * samples * response, &cache);
+size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens, Passes passes) {
+    int cache, rows = av_rows(av, groups, responses, tokens, &cache);
     return forest_bytes(&av->model.config, av->model.config.n_layers, cache, rows, passes);
 }
 
@@ -323,6 +323,10 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
     return forest_open(f, &p->ar->model, p->ar->model.config.n_layers, cache, rows, p->passes, err);
 }
 
+size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes) {
+    return forest_bytes(&ar->model.config, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
+}
+
 /* d mse_nrm / d pred = -2 s^2/D (gold / |pred||gold| - cos pred / |pred|^2) */
 static void mse_gradient(float *out, const float *pred, const float *gold, int D, double s, double weight) {
     double p = vector_norm(pred, D), g = vector_norm(gold, D), cos = cosine(pred, gold, D), c = -2 * s * s / D * weight;
@@ -331,12 +335,17 @@ static void mse_gradient(float *out, const float *pred, const float *gold, int D
     }
 }
 
+static bool shares_start(const Reconstructor *r, const int *ids) {
+    size_t start = arrlenu(r->start);
+    return start > 0 && arrlenu(ids) > start && memcmp(ids, r->start, start * sizeof(int)) == 0;
+}
+
 static int ar_fill(ArPass *p, const char *const *text, const size_t *len, int n, Err *err) {
     Reconstructor *r = p->ar;
     int start = (int)arrlen(r->start), rows = start, **ids = xcalloc((size_t)n, sizeof(int *)), status = 0;
     for (int i = 0; i < n && status == 0; i++) {
         status = sidecar_text_ids(&r->meta, r->tok, text[i], len[i], &ids[i], err);
-        rows += (int)arrlen(ids[i]);
+        rows += (int)arrlen(ids[i]) - (shares_start(r, ids[i]) ? start : 0);
     }
     status = status == 0 ? ar_room(p, rows, n, err) : -1;
     batch_clear(&p->batch);
@@ -348,7 +357,7 @@ static int ar_fill(ArPass *p, const char *const *text, const size_t *len, int n,
     }
     for (int i = 0; i < n && status == 0; i++) {
         int length = (int)arrlen(ids[i]);
-        bool shared = root >= 0 && length > start && memcmp(ids[i], r->start, (size_t)start * sizeof(int)) == 0;
+        bool shared = shares_start(r, ids[i]);
         int from = shared ? start : 0, seg = forest_add(&p->forest, shared ? root : -1, length - from, err);
         status = seg < 0 ? -1 : 0;
         if (status == 0) {
