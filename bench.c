@@ -300,7 +300,7 @@ static int bench_verbalize(const Settings *s, Engine *e, Err *err) {
         seconds[1] = now() - start;
     }
     int64_t tokens = 0, total = (int64_t)n * s->samples;
-    for (int i = 0; i < total && status == 0; i++) {
+    for (int i = 0; i < (int)arrlen(alone.sample) && status == 0; i++) {
         const Sample *a = &together.sample[i], *b = &alone.sample[i];
         size_t drawn = arrlenu(a->ids);
         same += arrlenu(b->ids) == drawn && (drawn == 0 || memcmp(a->ids, b->ids, drawn * sizeof(int)) == 0);

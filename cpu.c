@@ -695,7 +695,8 @@ static int race(const float *weight, int V, uint64_t key) {
     for (int i = 0; i < V; i += LANES) { /* weights past V are 0 */
         Vec score = load(weight + i) / exponential(key, i);
         VecInt better = score > best;
-        place = choose(better, splat((float)(i / LANES)), place);
+        int block = i / LANES;
+        place = choose(better, splat((float)block), place);
         best = choose(better, score, best);
     }
     float largest = vec_largest(best);

@@ -438,7 +438,7 @@ typedef struct {
 static Tile tile_of(const Engine *e, int E) {
     size_t W = round_up((size_t)E, LANES), rows = BACK_ROWS, keys = KEY_TILE;
     float *at = work_room(my_scratch(e), 2 * rows * W + 4 * keys * W + 4 * rows * keys + 2 * keys * W);
-    Tile t;
+    Tile t = {0};
     float **const part[] = {&t.q, &t.dout, &t.k, &t.v, &t.kt, &t.vt, &t.p, &t.ds, &t.pt, &t.dst, &t.sum, &t.sum2};
     const size_t size[] = {rows * W, rows * W, keys * W, keys * W, keys * W, keys * W, rows * keys, rows * keys, rows * keys,
                            rows * keys, keys * W, keys * W};

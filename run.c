@@ -404,7 +404,7 @@ static void close_run(TrainRun *r) {
 
 /* The row at place `at` of the endless sequence of shuffled epochs. */
 static int64_t row_at(TrainRun *r, int64_t at) {
-    int64_t n = arrlen(r->rows), epoch = at / n;
+    int64_t n = arrlen(r->rows), epoch = n ? at / n : 0; /* choose_rows has refused an empty list */
     if (!r->order || r->epoch != epoch) {
         r->order = r->order ? r->order : xmalloc((size_t)n * sizeof(int64_t));
         r->epoch = epoch;
@@ -417,7 +417,7 @@ static int64_t row_at(TrainRun *r, int64_t at) {
             r->order[j] = swap;
         }
     }
-    return r->order[at % n];
+    return r->order[n ? at % n : 0];
 }
 
 /* Whose vector stands at a row: its own, or in the control that of another row, the same one every time. */
@@ -1145,9 +1145,12 @@ static int longest_rows(const TrainRun *r, Err *err) {
         arrput(lengths, (int)arrlen(ids) - (r->stage == STAGE_AR ? start : 0));
         free(text);
     }
-    qsort(lengths, arrlenu(lengths), sizeof *lengths, longer_first);
-    for (int i = 0; i < r->s.micro; i++) {
-        sum += lengths[i < (int)arrlen(lengths) ? i : (int)arrlen(lengths) - 1];
+    int counted = (int)arrlen(lengths);
+    if (counted > 0) {
+        qsort(lengths, (size_t)counted, sizeof *lengths, longer_first);
+    }
+    for (int i = 0; i < r->s.micro && counted > 0; i++) {
+        sum += lengths[i < counted ? i : counted - 1];
     }
     arrfree(lengths);
     arrfree(ids);

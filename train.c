@@ -91,8 +91,8 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
     p->bytes = p->count * (2 * sizeof(float) + 2 * dtype_size(moments));
     p->weight = e->alloc(e, p->count);
     p->grad = e->alloc(e, p->count);
-    p->m = calloc(p->count, dtype_size(moments));
-    p->v = calloc(p->count, dtype_size(moments));
+    p->m = calloc(p->count + 1, dtype_size(moments));
+    p->v = calloc(p->count + 1, dtype_size(moments));
     if (!p->weight || !p->grad || !p->m || !p->v) {
         fail(err, "not enough memory: %.2f GB for %zu trained numbers, their gradients and moments; train adapters (--lora-rank) "
              "or keep the moments in bf16", (double)p->bytes / 1e9, p->count);
