@@ -1157,6 +1157,20 @@ static int longest_rows(const TrainRun *r, Err *err) {
     return status == 0 ? sum : -1;
 }
 
+/* Bytes that this process holds now, mapped files left out; 0 where the system does not say. */
+static double own_memory(void) {
+    FILE *in = fopen("/proc/self/status", "r");
+    char line[256];
+    double kilobytes = 0;
+    while (in && fgets(line, sizeof line, in)) {
+        (void)sscanf(line, "RssAnon: %lf", &kilobytes);
+    }
+    if (in) {
+        fclose(in);
+    }
+    return kilobytes * 1024;
+}
+
 static int print_plan(const TrainRun *r, Err *err) {
     const RunSettings *s = &r->s;
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
@@ -1166,7 +1180,7 @@ static int print_plan(const TrainRun *r, Err *err) {
     struct {
         const char *what;
         double bytes;
-    } part[8];
+    } part[9];
     int n = 0;
     if (tokens < 0) {
         return -1;
@@ -1191,6 +1205,9 @@ static int print_plan(const TrainRun *r, Err *err) {
         mapped += (double)m->files.file[i].len;
     }
     PART("weights, mapped", mapped);
+    /* Masters and gradients have been written already, the moments not. */
+    double held = own_memory() - 2.0 * sizeof(float) * (double)(r->av_params.count + r->ar_params.count);
+    PART("tokenizer, rows and the program", held > 0 ? held : 0);
 #undef PART
     for (int i = 0; i < n; i++) {
         printf("%-42s %9.3f GB\n", part[i].what, part[i].bytes / 1e9);
