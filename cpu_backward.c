@@ -653,7 +653,7 @@ static void cpu_token_logprob(Engine *e, float *logp, const Act *logits, const i
             memcpy(&x, row + t, (size_t)(V - t < LANES ? V - t : LANES) * sizeof(float));
             total += (double)vec_sum(vec_exp(x - largest));
         }
-        logp[i] = (float)((double)(row[target[i]] - largest) - log(total));
+        logp[i] = (float)((double)(row[target[i]] - largest) - log(total > 0 ? total : 1)); /* the largest alone gives 1 */
     }
 }
 
