@@ -884,11 +884,16 @@ static int yaml_read(YamlReader *r, Err *err) {
 }
 
 /* libyaml compares each %TAG directive with all before it: a megabyte of them takes minutes. Tags are refused anyway. A
- * directive starts a line; the bytes are the ends of LF, CR, NEL, LS, PS and of a byte order mark. */
+ * directive starts a line: it follows LF, CR, NEL, LS, PS or a byte order mark. */
 static bool has_tag_directive(const char *text, size_t len) {
+    static const char *const before[] = {"\n", "\r", "\xC2\x85", "\xE2\x80\xA8", "\xE2\x80\xA9", "\xEF\xBB\xBF"};
     const char *end = text + len;
-    for (const char *p = text; (p = memmem(p, (size_t)(end - p), "%TAG", 4)); p++)
-        if (p == text || strchr("\n\r\x85\xA8\xA9\xBF", p[-1])) return true;
+    for (const char *p = text; (p = memmem(p, (size_t)(end - p), "%TAG", 4)); p++) {
+        for (size_t i = 0; i < sizeof before / sizeof *before; i++) {
+            size_t n = strlen(before[i]);
+            if (p == text || ((size_t)(p - text) >= n && memcmp(p - n, before[i], n) == 0)) return true;
+        }
+    }
     return false;
 }
 
