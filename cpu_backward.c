@@ -38,9 +38,9 @@ enum {
 typedef struct {
     const float *a; /* A[m,k] = a[m*am + k*ak] */
     size_t am, ak;
-    const Tensor *bt; /* B[k,n] = element k*ldb + n of a stored matrix, or of floats */
-    const float *b;
-    size_t ldb;
+    const Tensor *bt; /* B[k,n] = element k*ldb + n of a stored matrix */
+    const float *b;   /* or b[k*ldb + n*bn] of floats; bn 0 stands for 1 */
+    size_t ldb, bn;
     float *c; /* C[m,n] = c[m*ldc + n] */
     size_t ldc;
     int M, N, K;
@@ -64,11 +64,15 @@ static void pack_b(float *out, const Gemm *g, int n0, int columns, int k0, int d
     for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
         size_t width = (size_t)(columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS);
         for (int k = 0; k < depth; k++, out += PRODUCT_COLUMNS) {
-            size_t at = (size_t)(k0 + k) * g->ldb + (size_t)(n0 + n);
+            size_t row = (size_t)(k0 + k) * g->ldb, column = (size_t)(n0 + n);
             if (g->bt) {
-                widen(out, g->bt, at, width);
+                widen(out, g->bt, row + column, width);
+            } else if (g->bn <= 1) {
+                memcpy(out, g->b + row + column, width * sizeof(float));
             } else {
-                memcpy(out, g->b + at, width * sizeof(float));
+                for (size_t i = 0; i < width; i++) {
+                    out[i] = g->b[row + (column + i) * g->bn];
+                }
             }
             if (width < PRODUCT_COLUMNS) {
                 memset(out + width, 0, (PRODUCT_COLUMNS - width) * sizeof(float));
@@ -191,24 +195,15 @@ static void cpu_linear_weight_backward(Engine *e, const Linear *dw, const Act *d
     }
 }
 
-/* Where the slices of an adapted stack stand: matrix m's columns of y and, when it is adapted, of t. */
+/* Matrix m's columns of y follow those of the matrices before it; its columns of t those of the adapted ones before it. */
 static void cpu_lora_up(Engine *e, Act *y, const Act *t, const Linear *w, int N) {
     const Lora *l = w->lora;
-    size_t column = 0, low = 0, R = (size_t)l->rank, width = (size_t)l->down.out;
+    size_t column = 0, low = 0, R = (size_t)l->rank;
     for (int m = 0; m < w->n; m++) {
         int O = (int)w->w[m].shape[0];
-        if (l->up[m].data) { /* y^T = up t^T, by the product that adds: B[k,n] = up[n,k] must be contiguous along n */
-            float *up = xmalloc(R * (size_t)O * sizeof(float)), *turned = xmalloc(R * (size_t)O * sizeof(float));
-            widen(up, &l->up[m], 0, R * (size_t)O);
-            for (size_t o = 0; o < (size_t)O; o++) {
-                for (size_t r = 0; r < R; r++) {
-                    turned[r * (size_t)O + o] = up[o * R + r];
-                }
-            }
-            gemm(e, &(Gemm){.a = (const float *)t + low, .am = width, .ak = 1, .b = turned, .ldb = (size_t)O, .c = (float *)y + column,
-                            .ldc = (size_t)w->out, .M = N, .N = O, .K = l->rank, .alpha = l->scale, .add = true});
-            free(up);
-            free(turned);
+        if (l->up[m].data) { /* adapters are F32; B = up^T is read across its rows */
+            gemm(e, &(Gemm){.a = (const float *)t + low, .am = (size_t)l->down.out, .ak = 1, .b = l->up[m].data, .ldb = 1, .bn = R,
+                            .c = (float *)y + column, .ldc = (size_t)w->out, .M = N, .N = O, .K = l->rank, .alpha = l->scale, .add = true});
             low += R;
         }
         column += (size_t)O;
@@ -252,9 +247,12 @@ static void cpu_embed_backward(Engine *e, const Tensor *dtable, const Act *dx, c
     for (int d = 0; d < D; d += 64) {
         int width = D - d < 64 ? D - d : 64;
         for (int n = 0; n < N; n++) {
-            float *out = (float *)dtable->data + (size_t)(token[n] < 0 ? 0 : token[n]) * (size_t)D + d;
+            if (token[n] < 0) {
+                continue;
+            }
+            float *out = (float *)dtable->data + (size_t)token[n] * (size_t)D + d;
             const float *in = (const float *)dx + (size_t)n * (size_t)D + d;
-            for (int i = 0; i < width && token[n] >= 0; i++) {
+            for (int i = 0; i < width; i++) {
                 out[i] += scale * in[i];
             }
         }
@@ -290,6 +288,7 @@ static void cpu_rmsnorm_backward(Engine *e, Act *dx, const Tensor *dw, const Act
     const float *weight = widened_norm(&((Cpu *)e->scratch)->thread[0], w, D, plus_one), *dys = dy, *xs = x;
     if (dw && dw->data) { /* before dx is written, as dx may be dy */
         float *r = xmalloc((size_t)N * sizeof(float)), *sum = (float *)dw->data;
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * D * 4 > WORTH_THREADS)
         for (int n = 0; n < N; n++) {
             double length = 0;
             for (int i = 0; i < D; i++) {

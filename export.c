@@ -376,15 +376,13 @@ int run_init(const Settings *s, Err *err) {
 static void merge_adapters(Model *m, float ***owned) {
     for (int layer = 0; layer < m->config.n_layers; layer++) {
         for (int i = 0; i < MODULES; i++) {
-            int at, down = 0;
+            int at;
             Linear *w = block_linear(&m->block[layer], i, &at);
-            if (!w->lora || !w->lora->up[at].data) {
+            const Tensor *down = lora_down(w, at);
+            if (!down) {
                 continue;
             }
-            for (int j = 0; j < at; j++) {
-                down += w->lora->up[j].data != NULL;
-            }
-            const float *a = w->lora->down.w[down].data, *b = w->lora->up[at].data;
+            const float *a = down->data, *b = w->lora->up[at].data;
             size_t rows = (size_t)w->w[at].shape[0], columns = (size_t)w->in, rank = (size_t)w->lora->rank;
             float *sum = xmalloc(rows * columns * sizeof(float));
             (void)tensor_to_floats(sum, &w->w[at]);

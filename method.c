@@ -407,6 +407,11 @@ static int ar_flush(Reconstructor *r, float *out, Err *err) {
     return 0;
 }
 
+bool ar_shares_start(const Reconstructor *r, const int *ids) {
+    size_t start = arrlenu(r->start);
+    return start > 0 && arrlenu(ids) > start && memcmp(ids, r->start, start * sizeof(int)) == 0;
+}
+
 int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, int n, float *out, Err *err) {
     int start = (int)arrlen(r->start), D = r->model.config.hidden_size, done = 0, *ids = NULL, status = 0;
     batch_clear(&r->batch);
@@ -415,7 +420,7 @@ int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, in
         arrsetlen(ids, 0);
         status = sidecar_text_ids(&r->meta, r->tok, text[i], len[i], &ids, err);
         int length = (int)arrlen(ids), used = (int)arrlen(r->batch.token);
-        bool shared = status == 0 && start > 0 && length > start && memcmp(ids, r->start, (size_t)start * sizeof(int)) == 0;
+        bool shared = status == 0 && ar_shares_start(r, ids);
         int from = shared ? start : 0;
         if (status == 0 && (used + length - from > AR_ROWS || arrlen(r->end_row) == AR_TEXTS)) {
             status = ar_flush(r, out + (size_t)done * (size_t)D, err);

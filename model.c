@@ -646,22 +646,31 @@ Named *model_tensors(Model *m) {
     return list;
 }
 
+Tensor *lora_down(const Linear *w, int place) {
+    int at = 0;
+    if (!w->lora || !w->lora->up[place].data) {
+        return NULL;
+    }
+    for (int i = 0; i < place; i++) {
+        at += w->lora->up[i].data != NULL;
+    }
+    return &w->lora->down.w[at];
+}
+
 Named *lora_tensors(Model *m) {
     Named *list = NULL;
     /* PEFT names a module by its path in the class of transformers, where a wrapper's text model is model.language_model. */
     const char *path = strcmp(m->prefix, "model.") == 0 || !*m->prefix ? "model." : "model.language_model.";
     for (int layer = 0; layer < m->config.n_layers; layer++) {
         for (int i = 0; i < MODULES; i++) {
-            int at, down = 0;
+            int at;
             Linear *w = block_linear(&m->block[layer], i, &at);
-            if (!w->lora || !w->lora->up[at].data) {
+            Tensor *down = lora_down(w, at);
+            if (!down) {
                 continue;
             }
-            for (int j = 0; j < at; j++) {
-                down += w->lora->up[j].data != NULL;
-            }
             const char *root = "base_model.model.";
-            put_name(&list, &w->lora->down.w[down], xprintf("%s%slayers.%d.%s.lora_A.weight", root, path, layer, module_names[i]));
+            put_name(&list, down, xprintf("%s%slayers.%d.%s.lora_A.weight", root, path, layer, module_names[i]));
             put_name(&list, &w->lora->up[at], xprintf("%s%slayers.%d.%s.lora_B.weight", root, path, layer, module_names[i]));
         }
     }

@@ -449,6 +449,7 @@ void named_free(Named *list);
 
 Linear *block_linear(Block *b, int module, int *place); /* the stack that holds one, and its place there */
 const char *module_name(int module);                    /* "self_attn.q_proj" */
+Tensor *lora_down(const Linear *w, int place);          /* the adapter's [R,I] of that matrix; NULL: it has none */
 
 typedef enum { FORWARD, TRAINING, TRAINING_RECOMPUTED } Passes;
 
@@ -735,6 +736,7 @@ typedef struct {
 
 int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, Engine *engine, Err *err);
 void reconstructor_close(Reconstructor *r);
+bool ar_shares_start(const Reconstructor *r, const int *ids); /* stb ids of a filled template: do they begin with r->start? */
 /* Vectors [n,D] of n texts: value_head applied to the residual stream after the last block at the template's last token. */
 int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, int n, float *out, Err *err);
 

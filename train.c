@@ -166,6 +166,18 @@ bool params_step(Params *p, const Schedule *s, double *norm) {
     return finite;
 }
 
+/* An empty forest with room for a pass; it only grows. */
+static int pass_room(Forest *f, Model *m, int rows, int cache, Passes passes, Err *err) {
+    if (f->model && f->max_rows >= rows && f->cache_rows >= cache) {
+        forest_cut(f, 0);
+        return 0;
+    }
+    rows = f->max_rows > rows ? f->max_rows : rows;
+    cache = f->cache_rows > cache ? f->cache_rows : cache;
+    forest_close(f);
+    return forest_open(f, m, m->config.n_layers, cache, rows, passes, err);
+}
+
 /* ------------------------------------------------------------------------------------------------ AV */
 
 int av_end_of_turn(const Verbalizer *av) {
@@ -202,18 +214,6 @@ static int av_rows(const Verbalizer *av, int groups, int responses, int tokens, 
 size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens, Passes passes) {
     int cache, rows = av_rows(av, groups, responses, tokens, &cache);
     return forest_bytes(&av->model.config, av->model.config.n_layers, cache, rows, passes);
-}
-
-static int av_pass_room(AvPass *p, int rows, int cache, Err *err) {
-    Forest *f = &p->forest;
-    if (f->model && f->max_rows >= rows && f->cache_rows >= cache) {
-        forest_cut(f, 0);
-        return 0;
-    }
-    rows = f->max_rows > rows ? f->max_rows : rows;
-    cache = f->cache_rows > cache ? f->cache_rows : cache;
-    forest_close(f);
-    return forest_open(f, &p->av->model, p->av->model.config.n_layers, cache, rows, p->passes, err);
 }
 
 /* The tokens of group g: its tail, then each response behind the prompt's last token, every one of them wanted. */
@@ -265,7 +265,7 @@ int av_pass(AvPass *p, const AvGroup *group, int groups, const TokenLoss *loss, 
         }
     }
     int rows = av_rows(av, groups, responses, tokens, &cache);
-    if (av_pass_room(p, rows, cache, err) != 0) {
+    if (pass_room(&p->forest, &av->model, rows, cache, p->passes, err) != 0) {
         return -1;
     }
     float *scaled = xmalloc((size_t)groups * (size_t)D * sizeof(float));
@@ -298,12 +298,20 @@ void av_pass_close(AvPass *p) {
 
 /* ------------------------------------------------------------------------------------------------ AR */
 
+static void free_vectors(ArPass *p) {
+    Engine *e = p->ar ? p->ar->model.engine : NULL;
+    if (e) {
+        e->free(e, p->last);
+        e->free(e, p->out);
+        e->free(e, p->dout);
+    }
+}
+
 static int ar_room(ArPass *p, int rows, int texts, Err *err) {
     Engine *e = p->ar->model.engine;
-    Forest *f = &p->forest;
     size_t width = (size_t)texts * (size_t)p->ar->model.config.hidden_size;
     if (texts > p->room) {
-        ar_pass_close(&(ArPass){.ar = p->ar, .last = p->last, .out = p->out, .dout = p->dout});
+        free_vectors(p);
         p->last = e->alloc(e, width);
         p->out = e->alloc(e, width);
         p->dout = e->alloc(e, width);
@@ -312,15 +320,7 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
             return fail(err, "not enough memory for %d texts at once", texts);
         }
     }
-    int cache = rows + CACHE_ALIGN * (texts + 1);
-    if (f->model && f->max_rows >= rows && f->cache_rows >= cache) {
-        forest_cut(f, 0);
-        return 0;
-    }
-    rows = f->max_rows > rows ? f->max_rows : rows;
-    cache = f->cache_rows > cache ? f->cache_rows : cache;
-    forest_close(f);
-    return forest_open(f, &p->ar->model, p->ar->model.config.n_layers, cache, rows, p->passes, err);
+    return pass_room(&p->forest, &p->ar->model, rows, rows + CACHE_ALIGN * (texts + 1), p->passes, err);
 }
 
 size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes) {
@@ -335,17 +335,12 @@ static void mse_gradient(float *out, const float *pred, const float *gold, int D
     }
 }
 
-static bool shares_start(const Reconstructor *r, const int *ids) {
-    size_t start = arrlenu(r->start);
-    return start > 0 && arrlenu(ids) > start && memcmp(ids, r->start, start * sizeof(int)) == 0;
-}
-
 static int ar_fill(ArPass *p, const char *const *text, const size_t *len, int n, Err *err) {
     Reconstructor *r = p->ar;
     int start = (int)arrlen(r->start), rows = start, **ids = xcalloc((size_t)n, sizeof(int *)), status = 0;
     for (int i = 0; i < n && status == 0; i++) {
         status = sidecar_text_ids(&r->meta, r->tok, text[i], len[i], &ids[i], err);
-        rows += (int)arrlen(ids[i]) - (shares_start(r, ids[i]) ? start : 0);
+        rows += (int)arrlen(ids[i]) - (ar_shares_start(r, ids[i]) ? start : 0);
     }
     status = status == 0 ? ar_room(p, rows, n, err) : -1;
     batch_clear(&p->batch);
@@ -357,7 +352,7 @@ static int ar_fill(ArPass *p, const char *const *text, const size_t *len, int n,
     }
     for (int i = 0; i < n && status == 0; i++) {
         int length = (int)arrlen(ids[i]);
-        bool shared = shares_start(r, ids[i]);
+        bool shared = ar_shares_start(r, ids[i]);
         int from = shared ? start : 0, seg = forest_add(&p->forest, shared ? root : -1, length - from, err);
         status = seg < 0 ? -1 : 0;
         if (status == 0) {
@@ -408,12 +403,7 @@ int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *
 }
 
 void ar_pass_close(ArPass *p) {
-    Engine *e = p->ar ? p->ar->model.engine : NULL;
-    if (e) {
-        e->free(e, p->last);
-        e->free(e, p->out);
-        e->free(e, p->dout);
-    }
+    free_vectors(p);
     forest_close(&p->forest);
     batch_free(&p->batch);
     arrfree(p->end_row);
