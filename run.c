@@ -264,7 +264,7 @@ static Schedule schedule_of(const RunSettings *s, double peak, int times) {
 }
 
 /* Rows that can train: finite vectors, and an explanation where the stage needs one. */
-static int choose_rows(TrainRun *r, const Dataset *d, bool explained, int64_t **rows, Err *err) {
+static int choose_rows(const Dataset *d, bool explained, int64_t **rows, Err *err) {
     float *v = xmalloc((size_t)d->d_model * sizeof(float));
     int status = explained && !d->line ? fail(err, "%s: has no rows.jsonl, so no explanations to learn from", d->path) : 0;
     for (int64_t i = 0; i < d->n && status == 0; i++) {
@@ -288,12 +288,10 @@ static int choose_rows(TrainRun *r, const Dataset *d, bool explained, int64_t **
     if (status == 0 && arrlen(*rows) == 0) {
         status = fail(err, "%s: holds no row%s to train on", d->path, explained ? " with an explanation" : "");
     }
-    (void)r;
     return status;
 }
 
-static int check_layer(const TrainRun *r, const Sidecar *meta, const Dataset *d, Err *err) {
-    (void)r;
+static int check_layer(const Sidecar *meta, const Dataset *d, Err *err) {
     if (d->has_meta && d->meta.layer >= 0 && meta->layer >= 0 && d->meta.layer != meta->layer) {
         return fail(err, "%s was captured at layer %d, %s reads layer %d", d->path, d->meta.layer, meta->path, meta->layer);
     }
@@ -353,12 +351,12 @@ static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
 static int open_data(TrainRun *r, Err *err) {
     const RunSettings *s = &r->s;
     const Sidecar *meta = r->has_av ? &r->av.meta : &r->ar.meta;
-    if (dataset_open(&r->data, s->data, err) != 0 || check_layer(r, meta, &r->data, err) != 0 ||
-        choose_rows(r, &r->data, r->stage != STAGE_RL, &r->rows, err) != 0) {
+    if (dataset_open(&r->data, s->data, err) != 0 || check_layer(meta, &r->data, err) != 0 ||
+        choose_rows(&r->data, r->stage != STAGE_RL, &r->rows, err) != 0) {
         return -1;
     }
-    if (s->eval && (dataset_open(&r->held, s->eval, err) != 0 || check_layer(r, meta, &r->held, err) != 0 ||
-                    choose_rows(r, &r->held, r->stage == STAGE_AR, &r->held_rows, err) != 0)) {
+    if (s->eval && (dataset_open(&r->held, s->eval, err) != 0 || check_layer(meta, &r->held, err) != 0 ||
+                    choose_rows(&r->held, r->stage == STAGE_AR, &r->held_rows, err) != 0)) {
         return -1;
     }
     if (r->has_av && r->has_ar && r->av.meta.d_model != r->ar.meta.d_model) {
@@ -420,14 +418,10 @@ static int64_t row_at(TrainRun *r, int64_t at) {
     return r->order[n ? at % n : 0];
 }
 
-/* Whose vector stands at a row: its own, or in the control that of another row, the same one every time. */
-static int64_t vector_row(const TrainRun *r, const int64_t *rows, int64_t row) {
-    int64_t n = arrlen(rows);
-    if (!r->s.permute || n < 2) {
-        return row;
-    }
-    int64_t at = (int64_t)(random_uniform((uint64_t)r->s.seed, (uint64_t)row, 0, 12) * (double)n);
-    return rows[at] == row ? rows[(at + 1) % n] : rows[at];
+/* The training row whose vector the control shows in a row's place, the same one every time. */
+static int64_t other_row(const TrainRun *r, int64_t row) {
+    int64_t n = arrlen(r->rows), at = (int64_t)(random_uniform((uint64_t)r->s.seed, (uint64_t)row, 0, 12) * (double)n);
+    return r->rows[at] == row ? r->rows[(at + 1) % n] : r->rows[at];
 }
 
 static char *explanation_at(const Dataset *d, int64_t row, size_t *len, Err *err) {
@@ -463,23 +457,37 @@ static void rows_free(Rows *x) {
     free(x->vector);
 }
 
-static int rows_read(Rows *x, const TrainRun *r, const Dataset *d, const int64_t *all, const int64_t *row, int n, bool texts, Err *err) {
+static int rows_read(Rows *x, const Dataset *d, const int64_t *row, int n, bool texts, Err *err) {
     *x = (Rows){.n = n, .D = d->d_model};
-    size_t count = (size_t)n * (size_t)x->D;
-    x->vector = xmalloc(count * sizeof(float));
-    x->gold = r->s.permute ? xmalloc(count * sizeof(float)) : x->vector;
+    x->vector = x->gold = xmalloc((size_t)n * (size_t)x->D * sizeof(float));
     x->text = xcalloc((size_t)n, sizeof(char *));
     x->len = xcalloc((size_t)n, sizeof(size_t));
     x->row = xcalloc((size_t)n, sizeof(int64_t));
     for (int i = 0; i < n; i++) {
         x->row[i] = row[i];
-        dataset_vector(d, row[i], x->gold + (size_t)i * (size_t)x->D);
-        dataset_vector(d, vector_row(r, all, row[i]), x->vector + (size_t)i * (size_t)x->D);
+        dataset_vector(d, row[i], x->vector + (size_t)i * (size_t)x->D);
         if (texts && !(x->text[i] = explanation_at(d, row[i], &x->len[i], err))) {
             return fail(err, "%s: row %lld has no explanation", d->path, (long long)row[i]);
         }
     }
     return 0;
+}
+
+/* The n rows of the step that is being made; in the control with vectors of other rows. */
+static int step_rows(Rows *x, TrainRun *r, int n, bool texts, Err *err) {
+    int64_t *row = xcalloc((size_t)n, sizeof(int64_t));
+    for (int i = 0; i < n; i++) {
+        row[i] = row_at(r, (r->step - 1) * n + i);
+    }
+    int status = rows_read(x, &r->data, row, n, texts, err);
+    if (r->s.permute) {
+        x->vector = xmalloc((size_t)n * (size_t)x->D * sizeof(float));
+        for (int i = 0; i < n; i++) {
+            dataset_vector(&r->data, other_row(r, row[i]), x->vector + (size_t)i * (size_t)x->D);
+        }
+    }
+    free(row);
+    return status;
 }
 
 /* ------------------------------------------------------------------------------------------------ AV and AR steps */
@@ -541,6 +549,38 @@ static double mean(const double *x, int n) {
     return sum;
 }
 
+/* mse_nrm of n texts, 2 where there is none (text[i] NULL), and the mean over those that are there; texts i, i+1, .. `share` of them have
+ * one gold. */
+static int texts_errors(TrainRun *r, char *const *text, const size_t *len, const float *gold, int n, int share, bool train, double *mse,
+                        double *loss, Err *err) {
+    size_t D = (size_t)r->ar.model.config.hidden_size, room = (size_t)n + 1;
+    int valid = 0, *place = xcalloc(room, sizeof(int));
+    char **given = xcalloc(room, sizeof(char *));
+    size_t *given_len = xcalloc(room, sizeof(size_t));
+    float *target = xmalloc(room * D * sizeof(float));
+    double *some = xcalloc(room, sizeof(double));
+    for (int i = 0; i < n; i++) {
+        mse[i] = 2;
+        if (text[i]) {
+            memcpy(target + (size_t)valid * D, gold + (size_t)(i / share) * D, D * sizeof(float));
+            given[valid] = text[i];
+            given_len[valid] = len[i];
+            place[valid++] = i;
+        }
+    }
+    int status = texts_loss(r, given, given_len, target, valid, train, some, err);
+    for (int i = 0; i < valid; i++) {
+        mse[place[i]] = some[i];
+    }
+    *loss = valid ? mean(some, valid) : NAN;
+    free(place);
+    free(given);
+    free(given_len);
+    free(target);
+    free(some);
+    return status;
+}
+
 /* Applies an update, or counts it as skipped: a loss or a gradient that is not finite changes nothing. */
 static void update(TrainRun *r, Params *p, const Schedule *schedule, double loss, double *norm) {
     Engine *e = r->engine;
@@ -560,12 +600,8 @@ static void update(TrainRun *r, Params *p, const Schedule *schedule, double loss
 
 static int step_sft(TrainRun *r, Measures *m, Err *err) {
     const RunSettings *s = &r->s;
-    int64_t *row = xcalloc((size_t)s->batch, sizeof(int64_t));
-    for (int i = 0; i < s->batch; i++) {
-        row[i] = row_at(r, (r->step - 1) * s->batch + i);
-    }
     Rows x;
-    int status = rows_read(&x, r, &r->data, r->rows, row, s->batch, true, err);
+    int status = step_rows(&x, r, s->batch, true, err);
     double loss = 0, norm = 0, *mse = xcalloc((size_t)s->batch, sizeof(double));
     int64_t tokens = 0;
     if (status == 0 && r->stage == STAGE_AV) {
@@ -581,12 +617,14 @@ static int step_sft(TrainRun *r, Measures *m, Err *err) {
         Schedule schedule = schedule_of(s, s->lr, 1);
         update(r, r->stage == STAGE_AV ? &r->av_params : &r->ar_params, &schedule, loss, &norm);
         measure(m, "loss", loss);
+        if (r->stage == STAGE_AR) {
+            measure(m, "fve", 1 - loss / r->var_nrm);
+        }
         measure(m, "grad_norm", norm);
         measure(m, "lr", learning_rate(&schedule, r->step));
         m->work = (double)tokens;
     }
     free(mse);
-    free(row);
     rows_free(&x);
     return status;
 }
@@ -637,12 +675,7 @@ static void rollouts_free(Rollouts *o) {
 static int roll_out(TrainRun *r, Rollouts *o, Err *err) {
     const RunSettings *s = &r->s;
     int P = s->vectors, G = s->samples;
-    int64_t *row = xcalloc((size_t)P, sizeof(int64_t));
-    for (int i = 0; i < P; i++) {
-        row[i] = row_at(r, (r->step - 1) * P + i);
-    }
-    int status = rows_read(&o->x, r, &r->data, r->rows, row, P, false, err);
-    free(row);
+    int status = step_rows(&o->x, r, P, false, err);
     Decoding how = {.sampler = {.temperature = 1, .top_p = 1, .seed = random_key((uint64_t)s->seed, (uint64_t)r->step, 0, 13)},
                     .max_tokens = s->max_tokens, .whole = true};
     if (status != 0 || verbalize(&r->av, &o->d, o->x.vector, P, 0, G, &how, err) != 0) {
@@ -683,30 +716,11 @@ static int roll_out(TrainRun *r, Rollouts *o, Err *err) {
 
 /* 2, 5: the live AR reads the texts. Their errors are the rewards; their gradient is the AR's own, in the same pass. */
 static int reward_texts(TrainRun *r, Rollouts *o, double *ar_loss, Err *err) {
-    int D = o->x.D, G = r->s.samples, valid = 0, *place = xcalloc((size_t)o->n, sizeof(int));
-    char **text = xcalloc((size_t)o->n, sizeof(char *));
-    size_t *len = xcalloc((size_t)o->n, sizeof(size_t));
-    float *gold = xmalloc((size_t)o->n * (size_t)D * sizeof(float));
-    double *mse = xcalloc((size_t)o->n, sizeof(double));
+    int G = r->s.samples;
     o->mse = xcalloc((size_t)o->n, sizeof(double));
     o->reward = xcalloc((size_t)o->n, sizeof(double));
     o->advantage = xcalloc((size_t)o->n, sizeof(double));
-    for (int i = 0; i < o->n; i++) {
-        if (o->text[i]) {
-            memcpy(gold + (size_t)valid * (size_t)D, o->x.gold + (size_t)(i / G) * (size_t)D, (size_t)D * sizeof(float));
-            text[valid] = o->text[i];
-            len[valid] = o->len[i];
-            place[valid++] = i;
-        }
-    }
-    int status = texts_loss(r, text, len, gold, valid, !r->s.freeze_ar, mse, err);
-    *ar_loss = valid ? mean(mse, valid) : NAN;
-    for (int i = 0; i < o->n; i++) {
-        o->mse[i] = 2;
-    }
-    for (int i = 0; i < valid; i++) {
-        o->mse[place[i]] = mse[i];
-    }
+    int status = texts_errors(r, o->text, o->len, o->x.gold, o->n, G, !r->s.freeze_ar, o->mse, ar_loss, err);
     Reward how = {r->s.log_mse, r->s.length_penalty};
     for (int i = 0; i < o->n; i++) {
         o->reward[i] = reward_of(&how, o->text[i] != NULL, o->mse[i], o->length[i]);
@@ -714,11 +728,19 @@ static int reward_texts(TrainRun *r, Rollouts *o, double *ar_loss, Err *err) {
     for (int g = 0; g < o->n; g += G) { /* 3 */
         advantages(o->reward + g, G, o->advantage + g);
     }
-    free(text);
-    free(len);
-    free(gold);
-    free(mse);
-    free(place);
+    return status;
+}
+
+/* All texts through one AV, some vectors at a time; *at, the loss's own place among the tokens, moves along. */
+static int rollouts_pass(const TrainRun *r, const Rollouts *o, AvPass *pass, const TokenLoss *each, int *at, const Model *grad, Err *err) {
+    int P = r->s.vectors, G = r->s.samples, micro = r->s.micro, status = 0;
+    for (int g = 0; g < P && status == 0; g += micro) {
+        int groups = P - g < micro ? P - g : micro;
+        status = av_pass(pass, o->group + g, groups, each, grad, err);
+        for (int i = g * G; i < (g + groups) * G; i++) {
+            *at += o->length[i];
+        }
+    }
     return status;
 }
 
@@ -738,15 +760,7 @@ static int reference_texts(TrainRun *r, Rollouts *o, Err *err) {
     }
     KeepLogprobs keep = {o->ref, 0};
     TokenLoss each = {&keep, keep_logprobs};
-    int status = 0;
-    for (int g = 0; g < r->s.vectors && status == 0; g += r->s.micro) {
-        int groups = r->s.vectors - g < r->s.micro ? r->s.vectors - g : r->s.micro;
-        status = av_pass(&r->ref_pass, o->group + g, groups, &each, NULL, err);
-        for (int i = g * r->s.samples; i < (g + groups) * r->s.samples; i++) {
-            keep.at += o->length[i];
-        }
-    }
-    return status;
+    return rollouts_pass(r, o, &r->ref_pass, &each, &keep.at, NULL, err);
 }
 
 /* 4: one update of the policy on the drawn texts. */
@@ -755,14 +769,7 @@ static int policy_update(TrainRun *r, const Rollouts *o, double *policy, double 
     Schedule schedule = schedule_of(s, s->lr, s->updates);
     GrpoLoss x = {.how = {s->clip_ratio, s->kl, s->kl_estimator}, .old = o->old, .ref = o->ref, .advantage = o->advantages, .weight = o->weight};
     TokenLoss each = {&x, grpo_tokens};
-    int status = 0;
-    for (int g = 0; g < s->vectors && status == 0; g += s->micro) {
-        int groups = s->vectors - g < s->micro ? s->vectors - g : s->micro;
-        status = av_pass(&r->av_pass, o->group + g, groups, &each, &r->av_params.gradient, err);
-        for (int i = g * s->samples; i < (g + groups) * s->samples; i++) {
-            x.at += o->length[i];
-        }
-    }
+    int status = rollouts_pass(r, o, &r->av_pass, &each, &x.at, &r->av_params.gradient, err);
     *policy = x.policy;
     *kl = x.kl;
     *apart = x.apart;
@@ -797,6 +804,7 @@ static int step_rl(TrainRun *r, Measures *m, Err *err) {
         measure(m, "reward", reward);
         measure(m, "reward_std", sqrt(spread));
         measure(m, "mse_nrm", mean(o.mse, o.n));
+        measure(m, "fve", 1 - mean(o.mse, o.n) / r->var_nrm);
         measure(m, "ar_loss", ar_loss);
         measure(m, "policy_loss", policy);
         measure(m, "kl", kl);
@@ -840,39 +848,8 @@ static void put_fve(FILE *out, const char *name, const double *mse, int n, doubl
     }
 }
 
-static double *errors_of(TrainRun *r, char *const *text, const float *gold, int n, Err *err) {
-    int D = r->ar.model.config.hidden_size, valid = 0, *place = xcalloc((size_t)n, sizeof(int));
-    char **given = xcalloc((size_t)n, sizeof(char *));
-    size_t *len = xcalloc((size_t)n, sizeof(size_t));
-    float *target = xmalloc((size_t)n * (size_t)D * sizeof(float));
-    double *some = xcalloc((size_t)n, sizeof(double)), *mse = xcalloc((size_t)n, sizeof(double));
-    for (int i = 0; i < n; i++) {
-        mse[i] = 2;
-        if (text[i]) {
-            memcpy(target + (size_t)valid * (size_t)D, gold + (size_t)i * (size_t)D, (size_t)D * sizeof(float));
-            given[valid] = text[i];
-            len[valid] = strlen(text[i]);
-            place[valid++] = i;
-        }
-    }
-    int status = texts_loss(r, given, len, target, valid, false, some, err);
-    for (int i = 0; i < valid; i++) {
-        mse[place[i]] = some[i];
-    }
-    free(place);
-    free(given);
-    free(len);
-    free(target);
-    free(some);
-    if (status != 0) {
-        free(mse);
-        return NULL;
-    }
-    return mse;
-}
-
 /* What the AV says of each vector, read at temperature 0; NULL where it failed. */
-static int tell_rows(TrainRun *r, const Rows *x, char **text, double *failed, double *tokens, Err *err) {
+static int tell_rows(TrainRun *r, const Rows *x, char **text, size_t *length, double *failed, double *tokens, Err *err) {
     Decoding how = {.sampler = {.top_p = 1}, .max_tokens = r->s.max_tokens};
     int status = 0;
     *failed = *tokens = 0;
@@ -885,6 +862,7 @@ static int tell_rows(TrainRun *r, const Rows *x, char **text, double *failed, do
             size_t len;
             bool found = explanation_of(d.sample[j].text, arrlenu(d.sample[j].text), &start, &len);
             text[i + j] = found ? xstrndup(start, len) : NULL;
+            length[i + j] = found ? len : 0;
             *failed += !found / (double)x->n;
             *tokens += (double)arrlen(d.sample[j].ids) / x->n;
         }
@@ -926,74 +904,87 @@ static void put_samples(FILE *out, const TrainRun *r, const Rows *x, char *const
     fputc(']', out);
 }
 
-/* One line of the metrics: how the models do on held-out rows as they are now. */
-static int evaluate(TrainRun *r, double *score, Err *err) {
-    int n = (int)(arrlen(r->held_rows) < r->s.eval_rows ? arrlen(r->held_rows) : r->s.eval_rows), status;
+/* The AV's loss on held-out explanations and with vectors exchanged; nothing when a row has no explanation. */
+static int evaluate_loss(TrainRun *r, FILE *out, int n, double *score, Err *err) {
     Rows x;
-    char *line = NULL, **text = xcalloc((size_t)n, sizeof(char *));
-    size_t len = 0;
-    FILE *out = open_memstream(&line, &len);
-    TrainRun *held = r; /* the control's exchange of vectors is for training rows alone */
-    bool permute = r->s.permute, reads = r->stage != STAGE_AR && r->has_ar, has_text = r->stage != STAGE_RL && r->held.line;
-    r->s.permute = false;
-    status = rows_read(&x, held, &r->held, r->held_rows, r->held_rows, n, r->stage == STAGE_AR, err);
-    fprintf(out, "{\"step\": %lld, \"eval\": {\"rows\": %d", (long long)r->step, n);
-    *score = NAN;
-    if (status == 0 && r->stage == STAGE_AV && has_text) {
-        Rows y = {0};
-        double loss = 0, other = 0;
-        int64_t tokens;
-        Err none = {0};
-        float *turned = rotated(&x);
-        if (rows_read(&y, r, &r->held, r->held_rows, r->held_rows, n, true, &none) == 0) { /* held-out rows may lack explanations */
-            status = responses_loss(r, &y, NULL, &loss, &tokens, err);
-            float *own = y.vector;
-            y.vector = y.gold = turned;
-            status = status == 0 ? responses_loss(r, &y, NULL, &other, &tokens, err) : -1;
-            y.vector = y.gold = own;
+    Err none = {0};
+    double loss, other;
+    int64_t tokens;
+    int status = 0;
+    if (rows_read(&x, &r->held, r->held_rows, n, true, &none) == 0) {
+        status = responses_loss(r, &x, NULL, &loss, &tokens, err);
+        float *own = x.vector;
+        x.vector = rotated(&x);
+        status = status == 0 ? responses_loss(r, &x, NULL, &other, &tokens, err) : -1;
+        free(x.vector);
+        x.vector = own;
+        if (status == 0) {
             json_number(out, "loss", loss);
             json_number(out, "loss_permuted", other);
             *score = -loss;
         }
-        rows_free(&y);
-        free(turned);
     }
-    double failed = 0, tokens = 0;
-    if (status == 0 && reads) {
-        status = tell_rows(r, &x, text, &failed, &tokens, err);
+    rows_free(&x);
+    return status;
+}
+
+/* FVE of texts and of texts exchanged, and some of them to read. */
+static int evaluate_texts(TrainRun *r, FILE *out, const Rows *x, char *const *text, const size_t *len, double *score, Err *err) {
+    double *mse = xcalloc((size_t)x->n, sizeof(double)), *other = xcalloc((size_t)x->n, sizeof(double)), ignored;
+    float *turned = rotated(x);
+    int status = texts_errors(r, text, len, x->vector, x->n, 1, false, mse, &ignored, err);
+    status = status == 0 ? texts_errors(r, text, len, turned, x->n, 1, false, other, &ignored, err) : -1;
+    if (status == 0) {
+        put_fve(out, "fve", mse, x->n, r->var_nrm, true);
+        put_fve(out, "fve_permuted", other, x->n, r->var_nrm, false);
+        *score = 1 - mean(mse, x->n) / r->var_nrm;
+        put_samples(out, r, x, text, mse);
+    }
+    free(turned);
+    free(mse);
+    free(other);
+    return status;
+}
+
+/* One line of the metrics: how the models do on held-out rows as they are now. */
+static int evaluate(TrainRun *r, double *score, Err *err) {
+    int n = (int)(arrlen(r->held_rows) < r->s.eval_rows ? arrlen(r->held_rows) : r->s.eval_rows);
+    Rows x;
+    char *line = NULL, **text = xcalloc((size_t)n, sizeof(char *));
+    size_t line_len = 0, *len = xcalloc((size_t)n, sizeof(size_t));
+    FILE *out = open_memstream(&line, &line_len);
+    int status = rows_read(&x, &r->held, r->held_rows, n, r->stage == STAGE_AR, err);
+    fprintf(out, "{\"step\": %lld, \"eval\": {\"rows\": %d", (long long)r->step, n);
+    *score = NAN;
+    if (status == 0 && r->stage == STAGE_AV && r->held.line) {
+        status = evaluate_loss(r, out, n, score, err);
+    }
+    if (status == 0 && r->stage != STAGE_AR && r->has_ar) {
+        double failed = 0, tokens = 0;
+        status = tell_rows(r, &x, text, len, &failed, &tokens, err);
         json_number(out, "failed", failed);
         json_number(out, "tokens_mean", tokens);
     }
     for (int i = 0; i < n && r->stage == STAGE_AR && status == 0; i++) {
         text[i] = xstrdup(x.text[i]);
+        len[i] = x.len[i];
     }
     if (status == 0 && r->has_ar) {
-        float *turned = rotated(&x);
-        double *mse = errors_of(r, text, x.vector, n, err), *other = mse ? errors_of(r, text, turned, n, err) : NULL;
-        status = other ? 0 : -1;
-        if (status == 0) {
-            put_fve(out, "fve", mse, n, r->var_nrm, true);
-            put_fve(out, "fve_permuted", other, n, r->var_nrm, false);
-            *score = 1 - mean(mse, n) / r->var_nrm;
-            put_samples(out, r, &x, text, mse);
-        }
-        free(turned);
-        free(mse);
-        free(other);
+        status = evaluate_texts(r, out, &x, text, len, score, err);
     } else {
         fputs("}", out);
     }
     fputs("}\n", out);
     fclose(out);
     if (status == 0) {
-        fwrite(line, 1, len, r->metrics);
+        fwrite(line, 1, line_len, r->metrics);
         status = metrics_written(r, err);
     }
-    r->s.permute = permute;
     for (int i = 0; i < n; i++) {
         free(text[i]);
     }
     free(text);
+    free(len);
     free(line);
     rows_free(&x);
     return status;
@@ -1020,13 +1011,13 @@ static int write_step(TrainRun *r, const Measures *m, double seconds, Err *err) 
     return metrics_written(r, err);
 }
 
-static void say_step(const TrainRun *r, const Settings *s, const Measures *m, double start, int64_t from) {
+static void say_step(TrainRun *r, const Settings *s, const Measures *m, double start, int64_t from) {
     double t = now(), done = (double)(r->step - from), left = (t - start) / done * (double)(r->s.steps - r->step);
     bool last = r->step == r->s.steps;
     if (s->quiet || (!last && t - r->spoke < (isatty(STDERR_FILENO) ? 0.5 : 10))) {
         return;
     }
-    ((TrainRun *)r)->spoke = t;
+    r->spoke = t;
     fprintf(stderr, "train %s: step %lld of %d", stage_names[r->stage], (long long)r->step, r->s.steps);
     for (int i = 0; i < m->n; i++) {
         static const char *const shown[] = {"loss", "reward", "fve", "ar_loss", "kl", "tokens_mean", "failed", "truncated", "grad_norm"};
@@ -1045,12 +1036,6 @@ static int one_step(TrainRun *r, const Settings *s, double start, int64_t from, 
     int status = r->stage == STAGE_RL ? step_rl(r, &m, err) : step_sft(r, &m, err);
     if (status != 0) {
         return -1;
-    }
-    for (int i = 0; i < m.n; i++) {
-        if (r->stage != STAGE_AV && strcmp(m.name[i], r->stage == STAGE_RL ? "mse_nrm" : "loss") == 0) {
-            measure(&m, "fve", 1 - m.value[i] / r->var_nrm);
-            break;
-        }
     }
     if (write_step(r, &m, now() - began, err) != 0) {
         return -1;
