@@ -343,16 +343,20 @@ static const char eval_style[] =
     "  #table th:first-child, #table td:last-child { grid-column: 1 / -1; width: auto; }\n"
     "}\n";
 
-static const char eval_body[] =
-    "<body>\n"
-    "<noscript><p>This page draws its data with JavaScript, which is off.</p></noscript>\n"
-    "<header>\n"
-    "<h1 id='title'></h1>\n"
-    "<p id='about' class='muted'></p>\n"
-    "</header>\n"
-    "<main>\n"
-    "<dl class='headline' id='headline'></dl>\n"
+/* Both pages: the title, a line about it, the headline numbers, and the first section begun. */
+#define BODY_OPENING \
+    "<body>\n" \
+    "<noscript><p>This page draws its data with JavaScript, which is off.</p></noscript>\n" \
+    "<header>\n" \
+    "<h1 id='title'></h1>\n" \
+    "<p id='about' class='muted'></p>\n" \
+    "</header>\n" \
+    "<main>\n" \
+    "<dl class='headline' id='headline'></dl>\n" \
     "<section>\n"
+
+static const char eval_body[] =
+    BODY_OPENING
     "<h2>How much the words carry</h2>\n"
     "<p class='muted'>FVE when the AR reads the AV&rsquo;s explanation, and when it reads another text in its place. The line\n"
     "across a dot is its 95% interval (bootstrap over rows). The strong line at 0 is no better than predicting the mean\n"
@@ -525,15 +529,7 @@ static const char run_style[] =
     "@media print { #switch { position: static; } #switch button, #switch select { display: none; } }\n";
 
 static const char run_body[] =
-    "<body>\n"
-    "<noscript><p>This page draws its data with JavaScript, which is off.</p></noscript>\n"
-    "<header>\n"
-    "<h1 id='title'></h1>\n"
-    "<p id='about' class='muted'></p>\n"
-    "</header>\n"
-    "<main>\n"
-    "<dl class='headline' id='headline'></dl>\n"
-    "<section>\n"
+    BODY_OPENING
     "<h2>Curves</h2>\n"
     "<p class='muted' id='legend'></p>\n"
     "<div class='charts' id='curves'></div>\n"

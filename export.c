@@ -446,15 +446,7 @@ int run_export(const Settings *s, Err *err) {
     bool opened = status == 0 && adapted_load(&m, dir, meta.ar ? meta.layer + 1 : 0, engine, err) == 0;
     Linear value = {0};
     if (opened && meta.ar) {
-        char *path = xprintf("%s/value_head.safetensors", dir);
-        status = safetensors_open(&head, path, err);
-        const Tensor *w = status == 0 ? safetensors_find(&head, "weight") : NULL;
-        if (status == 0 && !w) {
-            status = fail(err, "%s: holds no tensor 'weight'", path);
-        } else if (status == 0) {
-            value.w[0] = *w;
-        }
-        free(path);
+        status = value_head_load(&value, &head, dir, m.config.hidden_size, err);
     }
     Staging stage_dir;
     if (opened && status == 0 && (status = stage(&stage_dir, s->out, err)) == 0) {

@@ -281,16 +281,16 @@ bool explanation_of(const char *text, size_t len, const char **start, size_t *n)
 
 /* ------------------------------------------------------------------------------------------------ AR: text to vector */
 
-static int load_value_head(Reconstructor *r, const char *dir, Err *err) {
+int value_head_load(Linear *head, Safetensors *file, const char *dir, int D, Err *err) {
     char *path = xprintf("%s/value_head.safetensors", dir);
-    int D = r->model.config.hidden_size, status = safetensors_open(&r->head_file, path, err);
+    int status = safetensors_open(file, path, err);
     if (status == 0) {
-        const Tensor *w = safetensors_find(&r->head_file, "weight");
+        const Tensor *w = safetensors_find(file, "weight");
         if (!w || w->n_dims != 2 || w->shape[0] != D || w->shape[1] != D ||
             (w->dtype != DT_F32 && w->dtype != DT_BF16 && w->dtype != DT_F16)) {
             status = fail(err, "%s: must hold one tensor 'weight' of [%d, %d]", path, D, D);
         } else {
-            r->head = (Linear){.n = 1, .w = {*w}, .in = D, .out = D};
+            *head = (Linear){.n = 1, .w = {*w}, .in = D, .out = D};
         }
     }
     free(path);
@@ -326,7 +326,7 @@ int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, E
         status = sidecar_check(&r->meta, r->tok, &r->model.config, dir, err);
     }
     if (status == 0) {
-        status = load_value_head(r, dir, err);
+        status = value_head_load(&r->head, &r->head_file, dir, r->model.config.hidden_size, err);
     }
     if (status == 0) {
         status = shared_start(r, err);

@@ -736,6 +736,8 @@ typedef struct {
 
 int reconstructor_open(Reconstructor *r, const char *dir, const char *sidecar, Engine *engine, Err *err);
 void reconstructor_close(Reconstructor *r);
+/* DIR/value_head.safetensors, mapped in *file (the caller's to close, also after an error past its opening), as *head [D,D]. */
+int value_head_load(Linear *head, Safetensors *file, const char *dir, int D, Err *err);
 bool ar_shares_start(const Reconstructor *r, const int *ids); /* stb ids of a filled template: do they begin with r->start? */
 /* Vectors [n,D] of n texts: value_head applied to the residual stream after the last block at the template's last token. */
 int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, int n, float *out, Err *err);

@@ -155,31 +155,43 @@ static double av_loss(AvRows *r, int micro, const Model *grad) {
 
 static const Schedule schedule = {.adamw = {0.9f, 0.95f, 1e-8f, 0.1f}, .peak = 1e-3, .final = 1e-4, .warmup = 3, .total = 10, .clip = 1};
 
+/* The loss of all rows, its gradient added to p's. */
+typedef double Step(void *rows, const Case *c, const Params *p);
+
+/* Ten steps: the first one's gradients, every loss, rate and norm, and the weights at the end. */
+static void check_steps(const Case *c, Params *p, const char *kind, Step *step_loss, void *rows) {
+    char prefix[32], name[40];
+    for (int step = 0; step < STEPS; step++) {
+        double norm, loss = step_loss(rows, c, p);
+        if (step == 0) {
+            snprintf(prefix, sizeof prefix, "%s.grad.", kind);
+            compare(c, p, p->grad, prefix, 1e-4, 0);
+        }
+        snprintf(name, sizeof name, "%s.loss", kind);
+        near(loss, (double)floats(c, name)[step], 1e-5, name);
+        near(learning_rate(&schedule, step + 1), (double)floats(c, "lr")[step], 1e-9, "learning rate");
+        cr_assert(params_step(p, &schedule, &norm));
+        snprintf(name, sizeof name, "%s.grad_norm", kind);
+        near(norm, (double)floats(c, name)[step], 1e-4, name);
+    }
+    snprintf(prefix, sizeof prefix, "%s.after.", kind);
+    compare(c, p, p->weight, prefix, 1e-4, 2e-5); /* Adam divides by gradients that are nothing but rounding, too */
+}
+
+static double av_step(void *rows, const Case *c, const Params *p) {
+    (void)c;
+    return av_loss(rows, ROWS, &p->gradient);
+}
+
 static void check_av(int family, bool lora) {
     Case c;
     AvRows r;
     Params p;
     Err err = {0};
-    char prefix[32], name[40];
-    const char *kind = lora ? "av_lora" : "av";
     open_case(&c, family, 2, "explanations");
     open_av(&r, &c, lora, TRAINING);
     cr_assert(params_open(&p, &r.av.model, lora, NULL, DT_F32, &err) == 0, "%s", err.msg);
-    for (int step = 0; step < STEPS; step++) {
-        double norm, loss = av_loss(&r, ROWS, &p.gradient);
-        if (step == 0) {
-            snprintf(prefix, sizeof prefix, "%s.grad.", kind);
-            compare(&c, &p, p.grad, prefix, 1e-4, 0);
-        }
-        snprintf(name, sizeof name, "%s.loss", kind);
-        near(loss, (double)floats(&c, name)[step], 1e-5, name);
-        near(learning_rate(&schedule, step + 1), (double)floats(&c, "lr")[step], 1e-9, "learning rate");
-        cr_assert(params_step(&p, &schedule, &norm));
-        snprintf(name, sizeof name, "%s.grad_norm", kind);
-        near(norm, (double)floats(&c, name)[step], 1e-4, name);
-    }
-    snprintf(prefix, sizeof prefix, "%s.after.", kind);
-    compare(&c, &p, p.weight, prefix, 1e-4, 2e-5); /* Adam divides by gradients that are nothing but rounding, too */
+    check_steps(&c, &p, lora ? "av_lora" : "av", av_step, &r);
     params_close(&p);
     close_av(&r);
     close_case(&c);
@@ -222,35 +234,27 @@ static void close_ar(ArRows *r) {
     reconstructor_close(&r->ar);
 }
 
+static double ar_step(void *rows, const Case *c, const Params *p) {
+    ArRows *r = rows;
+    Err err = {0};
+    double mse[ROWS], loss = 0;
+    cr_assert(ar_pass(&r->pass, (const char *const *)c->text, c->len, floats(c, "vectors"), ROWS, 1.0 / ROWS, mse, p, &err) == 0, "%s",
+              err.msg);
+    for (int i = 0; i < ROWS; i++) {
+        loss += mse[i] / ROWS;
+    }
+    return loss;
+}
+
 static void check_ar(int family, bool lora) {
     Case c;
     ArRows r;
     Params p;
     Err err = {0};
-    char prefix[32], name[40];
-    const char *kind = lora ? "ar_lora" : "ar";
     open_case(&c, family, 2, "explanations");
     open_ar(&r, &c, lora, TRAINING);
     cr_assert(params_open(&p, &r.ar.model, lora, &r.ar.head, DT_F32, &err) == 0, "%s", err.msg);
-    for (int step = 0; step < STEPS; step++) {
-        double norm, mse[ROWS], loss = 0;
-        cr_assert(ar_pass(&r.pass, (const char *const *)c.text, c.len, floats(&c, "vectors"), ROWS, 1.0 / ROWS, mse, &p, &err) == 0, "%s",
-                  err.msg);
-        for (int i = 0; i < ROWS; i++) {
-            loss += mse[i] / ROWS;
-        }
-        if (step == 0) {
-            snprintf(prefix, sizeof prefix, "%s.grad.", kind);
-            compare(&c, &p, p.grad, prefix, 1e-4, 0);
-        }
-        snprintf(name, sizeof name, "%s.loss", kind);
-        near(loss, (double)floats(&c, name)[step], 1e-5, name);
-        cr_assert(params_step(&p, &schedule, &norm));
-        snprintf(name, sizeof name, "%s.grad_norm", kind);
-        near(norm, (double)floats(&c, name)[step], 1e-4, name);
-    }
-    snprintf(prefix, sizeof prefix, "%s.after.", kind);
-    compare(&c, &p, p.weight, prefix, 1e-4, 2e-5);
+    check_steps(&c, &p, lora ? "ar_lora" : "ar", ar_step, &r);
     params_close(&p);
     close_ar(&r);
     close_case(&c);
