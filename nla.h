@@ -102,6 +102,17 @@ void json_write_string(FILE *out, const char *text, size_t len);
 void json_text(FILE *out, const char *key, const char *text);
 void json_number(FILE *out, const char *key, double value);
 
+/* The hash of a name and where it stands. Sorted by hash, a list of them finds repeats and looks names up in n log n
+ * whatever the names are; a hash table could be made quadratic by names chosen to collide. */
+typedef struct NameHash {
+    uint64_t hash;
+    int place;
+} NameHash;
+NameHash name_hash(const char *name, size_t len, int place);
+/* Sorts; returns the place of a name that stood before, or -1. Names of equal 64-bit hash count as equal: that refuses
+ * only files made for the purpose. */
+int sort_and_find_repeat(NameHash *name, size_t n);
+
 /* YAML 1.1 sidecars through libyaml, as a tree. Scalars keep their text; `quoted` tells "150" from 150. Unknown keys
  * survive a load and save; the root is always a map. Aliases are refused (no sidecar needs them, and they can grow without bound). */
 typedef struct Yaml Yaml;
@@ -148,7 +159,7 @@ typedef struct {
 typedef struct {
     File *file;     /* stb */
     Tensor *tensor; /* stb, in file order */
-    struct NameHash *index; /* stb, sorted: hash of the name -> place in tensor[] */
+    NameHash *index; /* stb, sorted: hash of the name -> place in tensor[] */
 } Safetensors;
 
 int safetensors_open(Safetensors *st, const char *path, Err *err);

@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 
 # shellcheck disable=SC2086 # CC may hold flags
 if ! ${CC:-gcc} -std=gnu17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -I. \
-    tests/report_page.c report.c charts.c safetensors.c -lyaml -lm -o "$work/report_page"; then
+    tests/report_page.c report.c charts.c safetensors.c yaml.c -lyaml -lm -o "$work/report_page"; then
     echo "0 passed, 1 failed"
     exit 1
 fi
