@@ -18,11 +18,11 @@
 
 /* ------------------------------------------------------------------------------------------------ directories */
 
-/* Calls `each` with the path of every file below dir, relative to it, sorted; stops at the first that fails. */
 static int by_name(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
+/* Every file under DIR/below, as its path from DIR on, sorted (stb; free_names). */
 static char **list_files(const char *dir, const char *below) {
     char **names = NULL, *path = xprintf("%s%s", dir, below);
     DIR *d = opendir(path);

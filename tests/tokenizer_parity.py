@@ -50,7 +50,7 @@ CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 def build(folder):
     program = folder / "tokenizer_bench"
     sources = ["tests/tokenizer_bench.c", "tokenizer.c", "tokenizer_file.c", "chat.c", "safetensors.c"]
-    libraries = ["-lpcre2-8", "-lutf8proc", "-lyaml", "-lm"]
+    libraries = ["-lpcre2-8", "-lutf8proc", "-lm"]
     command = [os.environ.get("CC", "cc"), "-std=gnu17", "-O3", "-g", "-I.", *sources, "-o", str(program), *libraries]
     subprocess.run(command, cwd=ROOT, check=True)
     return program
