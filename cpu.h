@@ -220,7 +220,7 @@ INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *con
     Vec sum[6][4];
     for (int i = 0; i < mr; i++) {
         for (int j = 0; j < nv; j++) {
-            sum[i][j] = accumulate ? load(c + i * ldc + j * LANES) : (Vec){0};
+            sum[i][j] = (Vec){0};
         }
     }
     for (int p = 0; p < k; p++) {
@@ -237,7 +237,8 @@ INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *con
     }
     for (int i = 0; i < mr; i++) {
         for (int j = 0; j < nv; j++) {
-            store(c + i * ldc + j * LANES, sum[i][j]);
+            float *to = c + i * ldc + j * LANES;
+            store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]); /* a sum of short sums rounds less than a long one */
         }
     }
 }

@@ -86,7 +86,7 @@ static void product_tile(const float *a, const float *b, int depth, float *c, si
     Vec sum[PRODUCT_ROWS][PRODUCT_VECTORS];
     for (int i = 0; i < PRODUCT_ROWS; i++) {
         for (int j = 0; j < PRODUCT_VECTORS; j++) {
-            sum[i][j] = load(c + (size_t)i * ldc + j * LANES);
+            sum[i][j] = (Vec){0};
         }
     }
     for (int k = 0; k < depth; k++, a += PRODUCT_ROWS, b += PRODUCT_COLUMNS) {
@@ -102,7 +102,8 @@ static void product_tile(const float *a, const float *b, int depth, float *c, si
     }
     for (int i = 0; i < PRODUCT_ROWS; i++) {
         for (int j = 0; j < PRODUCT_VECTORS; j++) {
-            store(c + (size_t)i * ldc + j * LANES, sum[i][j]);
+            float *to = c + (size_t)i * ldc + j * LANES;
+            store(to, load(to) + sum[i][j]); /* at the end: a sum of short sums rounds less than a long one */
         }
     }
 }

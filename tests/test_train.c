@@ -10,7 +10,7 @@
 #include <stb/stb_ds.h>
 
 static const char *const families[] = {"llama", "qwen2", "qwen3", "gemma3"};
-enum { ROWS = 4, SAMPLES = 12, STEPS = 10 };
+enum { ROWS = 4, BATCH = 16, SAMPLES = 12, STEPS = 10 };
 
 typedef struct {
     Engine *engine;
@@ -87,11 +87,31 @@ static void near(double a, double b, double tolerance, const char *what) {
 typedef struct {
     Verbalizer av;
     AvPass pass;
-    int *response[ROWS];
-    int length[ROWS];
-    AvGroup group[ROWS];
-    int tokens;
+    int *response[BATCH]; /* stb */
+    int length[BATCH];
+    AvGroup group[BATCH];
+    int rows, tokens;
 } AvRows;
+
+static void add_row(AvRows *r, int *response, const float *vector) {
+    int i = r->rows++;
+    r->response[i] = response;
+    r->length[i] = (int)arrlen(response);
+    r->tokens += r->length[i];
+    r->group[i] = (AvGroup){.vector = vector, .row = i, .token = (const int *const *)&r->response[i], .length = &r->length[i],
+                            .samples = 1};
+}
+
+/* Up to BATCH rows: the golden ones again, each time a few tokens shorter. */
+static void add_shorter_rows(AvRows *r) {
+    while (r->rows < BATCH) {
+        const AvGroup *like = &r->group[r->rows % ROWS];
+        int *response = NULL, n = *like->length - 2 * (r->rows / ROWS);
+        cr_assert(n > 0);
+        memcpy(arraddnptr(response, (size_t)n), *like->token, (size_t)n * sizeof(int));
+        add_row(r, response, like->vector);
+    }
+}
 
 static void open_av(AvRows *r, const Case *c, bool lora, Passes passes) {
     Err err = {0};
@@ -108,21 +128,19 @@ static void open_av(AvRows *r, const Case *c, bool lora, Passes passes) {
         char name[32];
         snprintf(name, sizeof name, "response_ids_%d", i);
         const Tensor *want = golden(c, "", name);
-        cr_assert(av_response(&r->av, c->text[i], c->len[i], &r->response[i], &err) == 0, "%s", err.msg);
-        r->length[i] = (int)arrlen(r->response[i]);
-        cr_assert(r->length[i] == want->shape[0], "%s: %s", c->dir, name);
-        for (int t = 0; t < r->length[i]; t++) {
-            cr_assert(r->response[i][t] == ((const int64_t *)want->data)[t]);
+        int *response = NULL;
+        cr_assert(av_response(&r->av, c->text[i], c->len[i], &response, &err) == 0, "%s", err.msg);
+        cr_assert(arrlen(response) == want->shape[0], "%s: %s", c->dir, name);
+        for (int t = 0; t < (int)arrlen(response); t++) {
+            cr_assert(response[t] == ((const int64_t *)want->data)[t]);
         }
-        r->tokens += r->length[i];
-        r->group[i] = (AvGroup){.vector = floats(c, "vectors") + i * r->av.model.config.hidden_size, .row = i,
-                                .token = (const int *const *)&r->response[i], .length = &r->length[i], .samples = 1};
+        add_row(r, response, floats(c, "vectors") + i * r->av.model.config.hidden_size);
     }
 }
 
 static void close_av(AvRows *r) {
     av_pass_close(&r->pass);
-    for (int i = 0; i < ROWS; i++) {
+    for (int i = 0; i < r->rows; i++) {
         arrfree(r->response[i]);
     }
     verbalizer_close(&r->av);
@@ -147,8 +165,8 @@ static double av_loss(AvRows *r, int micro, const Model *grad) {
     Err err = {0};
     CrossEntropy x = {0, r->tokens};
     TokenLoss loss = {&x, cross_entropy};
-    for (int i = 0; i < ROWS; i += micro) {
-        cr_assert(av_pass(&r->pass, r->group + i, ROWS - i < micro ? ROWS - i : micro, &loss, grad, &err) == 0, "%s", err.msg);
+    for (int i = 0; i < r->rows; i += micro) {
+        cr_assert(av_pass(&r->pass, r->group + i, r->rows - i < micro ? r->rows - i : micro, &loss, grad, &err) == 0, "%s", err.msg);
     }
     return x.sum;
 }
@@ -484,6 +502,7 @@ static void compute(State *s, int family, int threads, int micro, Passes passes)
     Err err = {0};
     open_case(&s->c, family, threads, "explanations");
     open_av(&s->rows, &s->c, false, passes);
+    add_shorter_rows(&s->rows);
     cr_assert(params_open(&s->p, &s->rows.av.model, false, NULL, DT_F32, &err) == 0, "%s", err.msg);
     av_loss(&s->rows, micro, &s->p.gradient);
 }
@@ -497,9 +516,9 @@ static void forget(State *s) {
 Test(train, gradients_are_the_same_bits_on_any_number_of_threads_and_when_recomputed) {
     for (int family = 0; family < 4; family++) {
         State one, three, again;
-        compute(&one, family, 1, ROWS, TRAINING);
-        compute(&three, family, 3, ROWS, TRAINING);
-        compute(&again, family, 2, ROWS, TRAINING_RECOMPUTED);
+        compute(&one, family, 1, BATCH, TRAINING);
+        compute(&three, family, 3, BATCH, TRAINING);
+        compute(&again, family, 2, BATCH, TRAINING_RECOMPUTED);
         size_t bytes = one.p.count * sizeof(float);
         cr_assert(memcmp(one.p.grad, three.p.grad, bytes) == 0, "%s: threads", families[family]);
         cr_assert(memcmp(one.p.grad, again.p.grad, bytes) == 0, "%s: recomputed", families[family]);
@@ -513,9 +532,11 @@ Test(train, gradients_are_the_same_bits_on_any_number_of_threads_and_when_recomp
 Test(train, microbatches_of_uneven_rows_give_the_gradient_of_the_whole) {
     for (int family = 0; family < 4; family++) {
         State whole;
-        compute(&whole, family, 2, ROWS, TRAINING);
-        for (int micro = 1; micro < ROWS; micro++) { /* 3: a last short one */
+        compute(&whole, family, 2, BATCH, TRAINING);
+        static const int micros[] = {1, 4, 7}; /* 7: a last short one */
+        for (int i = 0; i < 3; i++) {
             State parts;
+            int micro = micros[i];
             compute(&parts, family, 2, micro, TRAINING);
             double worst, all = apart(&whole.p, parts.p.grad, whole.p.grad, &worst);
             /* 1e-5 for one tensor: a key's bias moves all scores alike, so its gradient is what cancellation leaves */
@@ -523,5 +544,63 @@ Test(train, microbatches_of_uneven_rows_give_the_gradient_of_the_whole) {
             forget(&parts);
         }
         forget(&whole);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ the optimizer's options */
+
+/* A bf16 number is one of the two neighbours of what it stands for, the nearer one more often: no bias, where rounding to nearest
+ * would lose every update smaller than half a step. */
+Test(train, bf16_moments_are_rounded_stochastically_without_bias_and_by_key_alone) {
+    enum { N = 1 << 16 };
+    Err err = {0};
+    AdamW how = {0.9f, 0.95f, 1e-8f, 0};
+    float *w[3], *g = xcalloc(N, sizeof *g);
+    uint16_t *m[3], *v[3];
+    for (int i = 0; i < N; i++) {
+        g[i] = 1;
+    }
+    for (int k = 0; k < 3; k++) { /* on one thread, on three, and with another key */
+        Engine *e = engine_open(k == 1 ? 3 : 1, false, &err);
+        w[k] = xcalloc(N, sizeof(float));
+        m[k] = xcalloc(N, sizeof(uint16_t));
+        v[k] = xcalloc(N, sizeof(uint16_t));
+        for (int step = 1; step <= 100; step++) {
+            e->adamw(e, w[k], g, m[k], v[k], DT_BF16, N, &how, 1e-3f, step, 1, random_key(k == 2, (uint64_t)step, 0, 0));
+            double sum_m = 0, sum_v = 0, exact_m = 1 - pow(0.9, step), exact_v = 1 - pow(0.95, step);
+            for (int i = 0; i < N; i++) {
+                sum_m += (double)bf16_to_f32(m[k][i]);
+                sum_v += (double)bf16_to_f32(v[k][i]);
+            }
+            /* The mean of 65,536 roundings of at most 2^-8, whose errors the next steps remember: some 2e-5; to nearest, m would
+             * stop at 0.98 and v at 0.96. */
+            cr_assert(fabs(sum_m / N - exact_m) < 2e-4 * exact_m && fabs(sum_v / N - exact_v) < 2e-4 * exact_v,
+                      "step %d: m %.6f instead of %.6f, v %.6f instead of %.6f", step, sum_m / N, exact_m, sum_v / N, exact_v);
+        }
+        e->close(e);
+    }
+    cr_assert(memcmp(m[0], m[1], N * sizeof **m) == 0 && memcmp(v[0], v[1], N * sizeof **v) == 0 && memcmp(w[0], w[1], N * sizeof **w) == 0);
+    cr_assert(memcmp(m[0], m[2], N * sizeof **m) != 0 && memcmp(v[0], v[2], N * sizeof **v) != 0);
+    for (int k = 0; k < 3; k++) {
+        free(w[k]);
+        free(m[k]);
+        free(v[k]);
+    }
+    free(g);
+}
+
+Test(train, every_estimator_of_the_kl_has_its_formula_and_its_derivative) {
+    for (int estimator = 1; estimator <= 3; estimator++) {
+        for (double d = -2; d <= 2; d += 0.37) { /* ref - logp; on-policy, so that the policy's share is -A and its slope -A */
+            Grpo how = {.clip = 0.2, .kl = 0.3, .estimator = estimator};
+            double logp = -1.5, ref = logp + d, policy, kl, slope, other, low, high, step = 1e-5;
+            double loss = grpo_token(&how, logp, logp, ref, 0.7, &policy, &kl, &slope);
+            near(kl, estimator == 1 ? -d : estimator == 2 ? d * d / 2 : exp(d) - 1 - d, 1e-12, "KL");
+            near(policy, -0.7, 1e-12, "policy");
+            near(loss, policy + 0.3 * kl, 1e-12, "loss");
+            high = grpo_token(&how, logp + step, logp, ref, 0.7, &policy, &kl, &other);
+            low = grpo_token(&how, logp - step, logp, ref, 0.7, &policy, &kl, &other);
+            near(slope, (high - low) / (2 * step), 1e-8, "derivative");
+        }
     }
 }
