@@ -59,22 +59,6 @@ static void free_names(char **names) {
     arrfree(names);
 }
 
-static void remove_checkpoint(const char *dir) {
-    char **names = list_files(dir, "");
-    for (int i = 0; i < (int)arrlen(names); i++) {
-        char *path = xprintf("%s%s", dir, names[i]);
-        unlink(path);
-        free(path);
-    }
-    free_names(names);
-    static const char *const inside[] = {"/av", "/ar", ""};
-    for (int i = 0; i < 3; i++) {
-        char *path = xprintf("%s%s", dir, inside[i]);
-        rmdir(path);
-        free(path);
-    }
-}
-
 /* Steps of the whole checkpoints in a run, ascending (stb). */
 static int64_t *checkpoint_steps(const char *run) {
     int64_t *steps = NULL;
@@ -184,7 +168,7 @@ static void prune(const TrainRun *r) {
     for (int i = 0; i < (int)arrlen(steps) - r->s.keep; i++) {
         if (steps[i] != r->best_step) {
             char *path = xprintf("%s/checkpoint-%lld", r->s.out, (long long)steps[i]);
-            remove_checkpoint(path);
+            remove_tree(path);
             free(path);
         }
     }
@@ -193,7 +177,7 @@ static void prune(const TrainRun *r) {
 
 int checkpoint_save(TrainRun *r, Err *err) {
     char *final = xprintf("%s/checkpoint-%lld", r->s.out, (long long)r->step), *temp = xprintf("%s.tmp", final);
-    remove_checkpoint(temp); /* of a run that was killed while it saved */
+    remove_tree(temp); /* of a run that was killed while it saved */
     Tensor *list = NULL;
     int status = mkdir(temp, 0777) == 0 ? 0 : fail(err, "%s: cannot make this directory: %s", temp, strerror(errno));
     if (status == 0 && r->av_params.engine) {
@@ -217,7 +201,7 @@ int checkpoint_save(TrainRun *r, Err *err) {
         status = file_sync_dir(final, err);
         prune(r);
     } else {
-        remove_checkpoint(temp);
+        remove_tree(temp);
     }
     arrfree(list);
     free(temp);

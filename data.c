@@ -2,11 +2,11 @@
  *
  * Corpus reads documents one at a time from JSONL, text files, a directory of them or stdin, gzip or not. DatasetWriter
  * appends rows to a dataset directory of docs/formats.md: vectors go straight to disk, and the directory gets its name only
- * when everything in it is complete and synced. It does not tokenise, choose positions or read datasets back: nla.c does
- * the former, safetensors.c opens the latter.
+ * when everything in it is complete and synced. Dataset reads it back, mapped. What is done with them is in capture.c (text to
+ * activations) and stages.c (activations to training rows).
  *
- * What must stay true: memory does not grow with the corpus or the dataset (but for 16 bytes a row); nothing unreadable
- * is skipped silently; a run that fails leaves no half-written dataset under its final name.
+ * What must stay true: memory does not grow with the corpus or the dataset; nothing unreadable is skipped silently; a run that
+ * fails leaves no half-written dataset under its final name.
  */
 #define _GNU_SOURCE /* pipe2, environ */
 #include "nla.h"
@@ -14,6 +14,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdlib.h>
@@ -23,6 +24,8 @@
 #include <unistd.h>
 
 #include <stb/stb_ds.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 
 /* A gzip bomb without a newline ends here, not at the last byte of RAM. */
 static const size_t MAX_DOCUMENT = (size_t)1 << 30;
@@ -347,12 +350,19 @@ static const char VECTORS[] = "activations.safetensors", ROWS[] = "rows.jsonl", 
 enum { HEADER_BYTES = 1024 }; /* kept free in front of the vectors; three tensors take under 400 */
 
 struct DatasetWriter {
-    char *dir, *temp;
+    char *dir, *temp; /* temp: where it is until it is whole; dir itself when the caller renames it */
+    char *columns_path;
+    bool keep; /* what has been written outlives a failure: the caller goes on from it */
     int d_model;
-    FILE *vectors, *rows;
-    int64_t *n_raw_tokens; /* stb: [N], written behind the vectors at the end */
-    uint64_t *row_id;      /* stb: [N] */
+    int64_t n;
+    FILE *vectors, *rows, *columns;
 };
+
+/* What stands behind the vectors in the end, in a file beside until then: its place is known when the last row is. */
+typedef struct {
+    int64_t n_raw_tokens;
+    uint64_t row_id;
+} Column;
 
 static int write_failed(const DatasetWriter *w, const char *name, Err *err) {
     return fail(err, "%s/%s: cannot write: %s", w->temp, name, strerror(errno));
@@ -372,69 +382,137 @@ static int check_target(const char *dir, Err *err) {
     return empty ? 0 : fail(err, "%s: exists and is not empty; remove it or name another directory", dir);
 }
 
-static FILE *create_file(const DatasetWriter *w, const char *name, Err *err) {
-    char *path = xprintf("%s/%s", w->temp, name);
-    FILE *file = fopen(path, "wxe");
-    if (!file) write_failed(w, name, err);
-    free(path);
-    return file;
+/* Opens a file of the dataset, made when it is not there, and cuts it to `bytes`, where writing goes on. */
+static int open_part(const char *path, int64_t bytes, bool begun, FILE **file, Err *err) {
+    struct stat info;
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0 || fstat(fd, &info)) {
+        fail(err, "%s: cannot write: %s", path, strerror(errno));
+    } else if (begun && info.st_size < bytes) {
+        fail(err, "%s: is shorter than what was recorded of it (%lld bytes of %lld); remove the unfinished run and begin again", path,
+             (long long)info.st_size, (long long)bytes);
+    } else if (ftruncate(fd, bytes) || lseek(fd, 0, SEEK_END) < 0 || !(*file = fdopen(fd, "r+"))) {
+        fail(err, "%s: cannot write: %s", path, strerror(errno));
+    } else {
+        return 0;
+    }
+    if (fd >= 0) close(fd);
+    return -1;
 }
 
-static int create_files(DatasetWriter *w, Err *err) {
-    static const char room[HEADER_BYTES];
-    w->vectors = create_file(w, VECTORS, err);
-    w->rows = create_file(w, ROWS, err);
-    if (!w->vectors || !w->rows) return -1;
-    return fwrite(room, 1, sizeof room, w->vectors) == sizeof room ? 0 : write_failed(w, VECTORS, err);
+static int open_parts(DatasetWriter *w, int64_t text_bytes, Err *err) {
+    char *vectors = xprintf("%s/%s", w->temp, VECTORS), *rows = xprintf("%s/%s", w->temp, ROWS);
+    bool begun = w->n > 0;
+    int status = open_part(vectors, HEADER_BYTES + w->n * w->d_model * (int64_t)sizeof(float), begun, &w->vectors, err);
+    if (!status) status = open_part(rows, text_bytes, begun, &w->rows, err);
+    if (!status) status = open_part(w->columns_path, w->n * (int64_t)sizeof(Column), begun, &w->columns, err);
+    free(vectors);
+    free(rows);
+    return status;
+}
+
+static char *without_slash(const char *dir) {
+    size_t len = strlen(dir);
+    while (len > 1 && dir[len - 1] == '/') len--;
+    return xstrndup(dir, len);
+}
+
+/* The int64 behind the vectors must be aligned for any number of rows, and safetensors allows no gap. */
+static int check_width(const char *dir, int d_model, Err *err) {
+    return d_model < 1 || d_model % 2 ? fail(err, "%s: d_model %d is not even and positive", dir, d_model) : 0;
 }
 
 DatasetWriter *dataset_create(const char *dir, int d_model, Err *err) {
-    size_t len = strlen(dir);
-    while (len > 1 && dir[len - 1] == '/') len--;
     DatasetWriter *w = xcalloc(1, sizeof *w);
-    w->dir = xstrndup(dir, len);
+    w->dir = without_slash(dir);
     w->d_model = d_model;
-    /* The int64 behind the vectors must be aligned for any number of rows, and safetensors allows no gap. */
-    int status = d_model < 1 || d_model % 2 ? fail(err, "%s: d_model %d is not even and positive", w->dir, d_model)
-                                            : check_target(w->dir, err);
+    int status = check_width(w->dir, d_model, err);
+    if (!status) status = check_target(w->dir, err);
     char *temp = xprintf("%s.tmp-%ld", w->dir, (long)getpid());
     if (!status && mkdir(temp, 0777)) status = fail(err, "%s: cannot create it: %s", temp, strerror(errno));
-    if (status)
+    if (status) {
         free(temp);
-    else
-        w->temp = temp, status = create_files(w, err);
+    } else {
+        w->temp = temp;
+        w->columns_path = xprintf("%s.columns", temp);
+        status = open_parts(w, 0, err);
+    }
+    if (!status) return w;
+    dataset_abandon(w);
+    return NULL;
+}
+
+DatasetWriter *dataset_continue(const char *dir, const char *columns, int d_model, int64_t rows, int64_t text_bytes, Err *err) {
+    DatasetWriter *w = xcalloc(1, sizeof *w);
+    w->dir = without_slash(dir);
+    w->temp = xstrdup(w->dir);
+    w->columns_path = xstrdup(columns);
+    w->d_model = d_model;
+    w->n = rows;
+    w->keep = true;
+    int status = check_width(w->dir, d_model, err);
+    if (!status && mkdir(w->dir, 0777) && errno != EEXIST) status = fail(err, "%s: cannot create it: %s", w->dir, strerror(errno));
+    if (!status) status = open_parts(w, text_bytes, err);
     if (!status) return w;
     dataset_abandon(w);
     return NULL;
 }
 
 int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_tokens, uint64_t row, const char *doc_id,
-                   const char *text, size_t text_len, Err *err) {
+                   const char *text, size_t text_len, const char *explanation, Err *err) {
     size_t d = (size_t)w->d_model;
+    Column column = {n_raw_tokens, row};
     if (fwrite(activation, sizeof *activation, d, w->vectors) != d) return write_failed(w, VECTORS, err);
     fputs("{\"doc_id\": ", w->rows);
     json_write_string(w->rows, doc_id, strlen(doc_id));
     fprintf(w->rows, ", \"n_raw_tokens\": %lld, \"text\": ", (long long)n_raw_tokens);
     json_write_string(w->rows, text, text_len);
+    if (explanation) json_text(w->rows, "explanation", explanation);
     fputs("}\n", w->rows);
     if (ferror(w->rows)) return write_failed(w, ROWS, err);
-    arrput(w->n_raw_tokens, n_raw_tokens);
-    arrput(w->row_id, row);
+    if (fwrite(&column, sizeof column, 1, w->columns) != 1) return write_failed(w, "columns", err);
+    w->n++;
     return 0;
+}
+
+static bool sync_file(FILE *file) {
+    return !fflush(file) && !fsync(fileno(file));
+}
+
+int dataset_sync(DatasetWriter *w, int64_t *text_bytes, Err *err) {
+    if (!sync_file(w->vectors)) return write_failed(w, VECTORS, err);
+    if (!sync_file(w->rows)) return write_failed(w, ROWS, err);
+    if (!sync_file(w->columns)) return write_failed(w, "columns", err);
+    *text_bytes = ftello(w->rows);
+    return 0;
+}
+
+/* One of the two columns of all rows. */
+static bool write_column(DatasetWriter *w, size_t place) {
+    Column some[512];
+    rewind(w->columns);
+    for (int64_t left = w->n; left > 0;) {
+        size_t n = left < 512 ? (size_t)left : 512;
+        if (fread(some, sizeof *some, n, w->columns) != n) return false;
+        for (size_t i = 0; i < n; i++)
+            if (fwrite((const char *)&some[i] + place, 8, 1, w->vectors) != 1) return false;
+        left -= (int64_t)n;
+    }
+    return true;
 }
 
 /* The two columns behind the vectors, then the header into the room in front. */
 static bool write_columns(DatasetWriter *w) {
-    int64_t n = arrlen(w->row_id);
+    int64_t n = w->n;
     size_t rows = (size_t)n, len;
     Tensor tensor[] = {
         {.name = "activation_vector", .dtype = DT_F32, .n_dims = 2, .shape = {n, w->d_model}},
-        {.name = "n_raw_tokens", .dtype = DT_I64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof *w->n_raw_tokens},
-        {.name = "row_id", .dtype = DT_U64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof *w->row_id},
+        {.name = "n_raw_tokens", .dtype = DT_I64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof(int64_t)},
+        {.name = "row_id", .dtype = DT_U64, .n_dims = 1, .shape = {n}, .bytes = rows * sizeof(uint64_t)},
     };
     tensor[0].bytes = rows * (size_t)w->d_model * sizeof(float);
-    if (n && fwrite(w->n_raw_tokens, sizeof *w->n_raw_tokens, rows, w->vectors) != rows) return false;
-    if (n && fwrite(w->row_id, sizeof *w->row_id, rows, w->vectors) != rows) return false;
+    if (fflush(w->columns)) return false;
+    if (!write_column(w, offsetof(Column, n_raw_tokens)) || !write_column(w, offsetof(Column, row_id))) return false;
     char *header = safetensors_header(tensor, 3, HEADER_BYTES, &len);
     bool written = header && !fseeko(w->vectors, 0, SEEK_SET) && fwrite(header, 1, len, w->vectors) == len;
     free(header);
@@ -442,7 +520,7 @@ static bool write_columns(DatasetWriter *w) {
 }
 
 static bool close_synced(FILE **file) {
-    bool synced = !fflush(*file) && !fsync(fileno(*file));
+    bool synced = sync_file(*file);
     bool closed = !fclose(*file);
     *file = NULL;
     return synced && closed;
@@ -450,7 +528,7 @@ static bool close_synced(FILE **file) {
 
 static int save_sidecar(const DatasetWriter *w, Yaml *sidecar, Err *err) {
     char count[24];
-    snprintf(count, sizeof count, "%td", arrlen(w->row_id));
+    snprintf(count, sizeof count, "%lld", (long long)w->n);
     yaml_set(sidecar, "row_count", count, false);
     char *path = xprintf("%s/%s", w->temp, SIDECAR);
     int status = yaml_save(sidecar, path, err); /* it syncs the temporary directory, too: the other files' names */
@@ -458,11 +536,45 @@ static int save_sidecar(const DatasetWriter *w, Yaml *sidecar, Err *err) {
     return status;
 }
 
+/* A round number a little above the mean norm: up to the next half of its power of ten (133 -> 150, 42 -> 45). */
+static double suggested_scale(double mean) {
+    double step = pow(10, floor(log10(mean))) / 2;
+    return ceil(mean * 1.02 / step) * step;
+}
+
+/* Reads the vectors back for what the sidecar says of them: norms, var_nrm, and an id made of the stage and the rows' ids. */
+static int describe(const DatasetWriter *w, Yaml *y, Err *err) {
+    char *path = xprintf("%s/%s", w->temp, VECTORS);
+    Dataset d;
+    Norms norms;
+    int status = dataset_open(&d, path, err);
+    free(path);
+    if (status) return -1;
+    dataset_norms(&d, &norms);
+    const Yaml *stage = yaml_get(y, "stage"), *layer = yaml_get(y, "extraction.layer_index");
+    char *id = xprintf("%s-L%s-%016llx", stage && stage->text ? stage->text : "base", layer && layer->text ? layer->text : "?",
+                       (unsigned long long)XXH3_64bits(d.row_id, (size_t)d.n * sizeof *d.row_id));
+    yaml_set(y, "dataset_id", id, true);
+    yaml_set_number(y, "extraction.norms.mean", norms.mean);
+    yaml_set_number(y, "extraction.norms.deviation", norms.deviation);
+    yaml_set_number(y, "extraction.norms.least", norms.least);
+    yaml_set_number(y, "extraction.norms.percent_1", norms.low);
+    yaml_set_number(y, "extraction.norms.median", norms.median);
+    yaml_set_number(y, "extraction.norms.percent_99", norms.high);
+    yaml_set_number(y, "extraction.norms.most", norms.most);
+    yaml_set_number(y, "extraction.var_nrm", norms.var_nrm);
+    yaml_set_number(y, "extraction.suggested_injection_scale", norms.mean > 0 ? suggested_scale(norms.mean) : 0);
+    free(id);
+    dataset_close(&d);
+    return 0;
+}
+
 static void writer_free(DatasetWriter *w) {
     if (w->vectors) fclose(w->vectors);
     if (w->rows) fclose(w->rows);
-    arrfree(w->n_raw_tokens);
-    arrfree(w->row_id);
+    if (w->columns) fclose(w->columns);
+    if (!w->keep && w->columns_path) unlink(w->columns_path);
+    free(w->columns_path);
     free(w->temp);
     free(w->dir);
     free(w);
@@ -471,8 +583,8 @@ static void writer_free(DatasetWriter *w) {
 static int complete(DatasetWriter *w, Yaml *sidecar, Err *err) {
     if (!write_columns(w) || !close_synced(&w->vectors)) return write_failed(w, VECTORS, err);
     if (!close_synced(&w->rows)) return write_failed(w, ROWS, err);
-    if (save_sidecar(w, sidecar, err)) return -1;
-    if (rename(w->temp, w->dir)) /* takes the place of an empty directory, of nothing else */
+    if (describe(w, sidecar, err) || save_sidecar(w, sidecar, err)) return -1;
+    if (strcmp(w->temp, w->dir) && rename(w->temp, w->dir)) /* takes the place of an empty directory, of nothing else */
         return fail(err, "%s: cannot rename %s to it: %s", w->dir, w->temp, strerror(errno));
     return 0;
 }
@@ -490,12 +602,13 @@ int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err) {
 void dataset_abandon(DatasetWriter *w) {
     if (!w) return;
     const char *names[] = {VECTORS, ROWS, SIDECAR};
-    for (int i = 0; w->temp && i < 3; i++) {
+    bool remove = w->temp && !w->keep;
+    for (int i = 0; remove && i < 3; i++) {
         char *path = xprintf("%s/%s", w->temp, names[i]);
         unlink(path);
         free(path);
     }
-    if (w->temp) rmdir(w->temp);
+    if (remove) rmdir(w->temp);
     writer_free(w);
 }
 
@@ -522,6 +635,12 @@ static int find_vectors(Dataset *d, const char *path, Err *err) {
     d->vectors = v;
     d->n = v->shape[0];
     d->d_model = (int)v->shape[1];
+    const Tensor *tokens = safetensors_find(&d->st, "n_raw_tokens"), *id = safetensors_find(&d->st, "row_id");
+    if ((tokens && (tokens->dtype != DT_I64 || tokens->n_dims != 1 || tokens->shape[0] != d->n)) ||
+        (id && (id->dtype != DT_U64 || id->n_dims != 1 || id->shape[0] != d->n)))
+        return fail(err, "%s: n_raw_tokens must be I64 and row_id U64, [%lld] as activation_vector has rows", path, (long long)d->n);
+    d->n_raw_tokens = tokens ? tokens->data : NULL;
+    d->row_id = id ? id->data : NULL;
     return 0;
 }
 
@@ -566,4 +685,38 @@ void dataset_vector(const Dataset *d, int64_t row, float *out) {
 int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err) {
     if (!d->line) return fail(err, "%s: has no rows.jsonl, only vectors", d->path);
     return json_parse(json, d->rows.data + d->line[row], d->line[row + 1] - d->line[row], d->path, err);
+}
+
+void dataset_norms(const Dataset *d, Norms *out) {
+    float *v = xmalloc((size_t)d->d_model * sizeof(float));
+    double *norm = xcalloc((size_t)d->n + 1, sizeof *norm), sum = 0, squares = 0;
+    Baseline base = {0};
+    int64_t n = 0;
+    *out = (Norms){0};
+    for (int64_t i = 0; i < d->n; i++) {
+        dataset_vector(d, i, v);
+        double length = vector_norm(v, d->d_model);
+        out->zero += length == 0;
+        out->not_finite += !isfinite(length);
+        if (length > 0 && isfinite(length)) {
+            norm[n++] = length;
+            sum += length;
+            baseline_add(&base, v, d->d_model);
+        }
+    }
+    if (n > 0) {
+        out->mean = sum / (double)n;
+        for (int64_t i = 0; i < n; i++) squares += (norm[i] - out->mean) * (norm[i] - out->mean);
+        qsort(norm, (size_t)n, sizeof *norm, by_value);
+        out->deviation = sqrt(squares / (double)n);
+        out->least = norm[0];
+        out->low = norm[n / 100];
+        out->median = norm[n / 2];
+        out->high = norm[n - 1 - n / 100];
+        out->most = norm[n - 1];
+        out->var_nrm = baseline_var(&base, d->d_model);
+    }
+    baseline_free(&base);
+    free(norm);
+    free(v);
 }

@@ -16,56 +16,6 @@
 
 /* ------------------------------------------------------------------------------------------------ directories */
 
-/* Everything is made in DIR.tmp-PID, which then takes its name. */
-typedef struct {
-    char *final, *temp;
-} Staging;
-
-static int stage(Staging *s, const char *dir, Err *err) {
-    size_t n = strlen(dir);
-    while (n > 1 && dir[n - 1] == '/') {
-        n--;
-    }
-    s->final = xstrndup(dir, n);
-    s->temp = xprintf("%s.tmp-%ld", s->final, (long)getpid());
-    int status = 0;
-    if (access(s->final, F_OK) == 0) {
-        status = fail(err, "%s: exists already; remove it or name another directory", s->final);
-    } else if (mkdir(s->temp, 0777) != 0) {
-        status = fail(err, "%s: cannot make this directory: %s", s->temp, strerror(errno));
-    }
-    if (status != 0) {
-        free(s->temp);
-        free(s->final);
-    }
-    return status;
-}
-
-static void remove_staged(const Staging *s) {
-    DIR *d = opendir(s->temp);
-    for (struct dirent *entry; d && (entry = readdir(d));) {
-        char *path = xprintf("%s/%s", s->temp, entry->d_name);
-        unlink(path);
-        free(path);
-    }
-    if (d) {
-        closedir(d);
-    }
-    rmdir(s->temp);
-}
-
-static int unstage(Staging *s, int status, Err *err) {
-    if (status == 0 && rename(s->temp, s->final) != 0) {
-        status = fail(err, "%s: cannot rename %s to it: %s", s->final, s->temp, strerror(errno));
-    }
-    if (status != 0) {
-        remove_staged(s);
-    }
-    free(s->temp);
-    free(s->final);
-    return status;
-}
-
 static bool ends_with(const char *name, const char *end) {
     size_t n = strlen(name), m = strlen(end);
     return n >= m && strcmp(name + n - m, end) == 0;

@@ -96,6 +96,31 @@ int decoder_add(Decoder *d, Forest *f, int parent, int row, int last, int sample
     return 0;
 }
 
+int decoder_prompts(Decoder *d, Forest *f, Batch *b, int parent, int *const *prompt, int n, int first_row, int samples, Err *err) {
+    batch_clear(b);
+    for (int i = 0; i < n; i++) {
+        int len = (int)arrlen(prompt[i]) - 1, seg = len > 0 ? forest_add(f, parent, len, err) : parent;
+        if (len > 0 && seg < 0) {
+            return -1;
+        }
+        for (int at = 0, take; at < len; at += take) { /* batches run over prompts' borders */
+            int room = f->max_rows - (int)arrlen(b->token);
+            take = len - at < room ? len - at : room;
+            batch_add(b, f, seg, prompt[i] + at, take, 0);
+            if (take == room) {
+                if (model_forward(f, b, NULL, NULL, err) != 0) {
+                    return -1;
+                }
+                batch_clear(b);
+            }
+        }
+        if (decoder_add(d, f, seg, first_row + i, prompt[i][len], samples, err) != 0) {
+            return -1;
+        }
+    }
+    return arrlen(b->token) ? model_forward(f, b, NULL, NULL, err) : 0;
+}
+
 int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err) {
     LogitSink sink = {d, draw_tokens};
     int64_t rows = 0;

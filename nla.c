@@ -131,8 +131,8 @@ static int set_option(Settings *s, const Option *o, const char *value, Err *err)
 }
 
 /* --name value, --name=value, --flag; "--" ends options; a lone "-" is an argument. */
-static int parse_options(Settings *s, const Command *c, int argc, char **argv, Err *err) {
-    for (int i = 2; i < argc; i++) {
+static int parse_options(Settings *s, const Command *c, int from, int argc, char **argv, Err *err) {
+    for (int i = from; i < argc; i++) {
         const char *word = argv[i];
         if (strcmp(word, "--") == 0) {
             while (++i < argc) {
@@ -608,32 +608,6 @@ static int **read_prompts(const Loaded *l, const Settings *s, Err *err) {
 
 enum { PREFILL_ROWS = 1024 }; /* prompt tokens of one forward pass */
 
-/* Prompts [from, to), each a segment without its last token, which opens its samples; batches run over prompts' borders. */
-static int add_prompts(Decoder *d, Forest *f, Batch *b, int **prompt, int from, int to, int samples, Err *err) {
-    batch_clear(b);
-    for (int i = from; i < to; i++) {
-        int n = (int)arrlen(prompt[i]) - 1, root = n > 0 ? forest_add(f, -1, n, err) : -1;
-        if (n > 0 && root < 0) {
-            return -1;
-        }
-        for (int at = 0, take; at < n; at += take) {
-            int room = f->max_rows - (int)arrlen(b->token);
-            take = n - at < room ? n - at : room;
-            batch_add(b, f, root, prompt[i] + at, take, 0);
-            if (take == room) {
-                if (model_forward(f, b, NULL, NULL, err) != 0) {
-                    return -1;
-                }
-                batch_clear(b);
-            }
-        }
-        if (decoder_add(d, f, root, i, prompt[i][n], samples, err) != 0) {
-            return -1;
-        }
-    }
-    return arrlen(b->token) ? model_forward(f, b, NULL, NULL, err) : 0;
-}
-
 /* Decodes the samples of prompts [from, to) together and prints them. */
 static int generate_group(const Loaded *l, const Settings *s, int **prompt, int from, int to, int64_t *tokens, Err *err) {
     int rows = 0, tokens_in = 0, samples = (to - from) * s->samples;
@@ -651,7 +625,7 @@ static int generate_group(const Loaded *l, const Settings *s, int **prompt, int 
     bool streaming = samples == 1 && !s->json;
     Decoder d = {.how = decoding_of(s), .eos = l->model.config.eos, .vocab_size = l->model.config.vocab_size,
                  .tok = l->tok, .token = streaming ? stream_bytes : NULL, .context = &stream};
-    int status = add_prompts(&d, &forest, &batch, prompt, from, to, s->samples, err);
+    int status = decoder_prompts(&d, &forest, &batch, -1, prompt + from, to - from, from, s->samples, err);
     int64_t computed = status == 0 ? decode(&d, &forest, &batch, err) : -1;
     *tokens += computed > 0 ? computed : 0;
     for (int i = 0; computed >= 0 && i < (int)arrlen(d.sample); i++) {
@@ -787,6 +761,49 @@ static const Command commands[] = {
     {"report", "report RUN [--html FILE]", "a page with the curves and samples of a training run",
      "RUN is a run's directory with settings.yaml and metrics.jsonl; it may still be going on. Prints the name of the page it wrote.",
      run_report, 1, 1, {{"html", "FILE", TEXT, AT(html), 0, 0, "where to (default: RUN/report.html)"}}},
+    {"data extract", "data extract --model DIR --in CORPUS --out DIR [--layer K] [--resume]", "a corpus to activations, the rows that training begins with",
+     "At up to --positions-per-doc tokens of every document, drawn by (seed, doc_id), never among its first --min-context ones and never\n"
+     "a special one, keeps the residual stream after block K. The directory appears when all of it is there; until then OUT.partial\n"
+     "holds what --resume goes on from after a kill. Shards (--documents A:B) merged by nla data merge are the one run, byte for byte.",
+     run_data_extract, 0, 0, {MODEL_OPTION,
+     {"layer", "K", TEXT, AT(layers), 0, 0, "a layer, several (3,7,20) or all (default: two thirds of the way up)"},
+     {"in", "CORPUS", TEXT, AT(in), 0, 0, "JSONL with \"text\" (and \"doc_id\"), a text file, a directory of them, - for standard input"},
+     {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make; with several layers DIR/layer_K"},
+     {"positions-per-doc", "N", COUNT, AT(positions_per_doc), 1, 1e6, "tokens read of a document, at most (default: 10)"},
+     {"min-context", "N", COUNT, AT(min_context), 0, 1e6, "tokens at its start that are not read (default: 50)"},
+     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "tokens of a document that are run (default: 2048)"},
+     {"documents", "N|A:B", TEXT, AT(documents), 0, 0, "the first N documents, or those from A on, before B (default: all)"},
+     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with the run that OUT.partial holds"}}},
+    {"data merge", "data merge DIR... --out DIR", "shards of one corpus as one dataset",
+     "DIR...: what nla data extract made of consecutive ranges of documents (--documents 0:1000, 1000:2000, ...), in order.",
+     run_data_merge, 1, 10000, {{"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"}}},
+    {"data split", "data split --acts DIR --out DIR [--parts LIST]", "a dataset in parts, by document",
+     "Every row of a document goes to the same part, by the document's id and --seed alone.",
+     run_data_split, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"},
+     {"out", "DIR", TEXT, AT(out), 0, 0, "directory to make, with a dataset for each part"},
+     {"parts", "LIST", TEXT, AT(parts), 0, 0, "names and weights (default: av_sft:25,ar_sft:25,rl:50,held:4)"}}},
+    {"data permute", "data permute --acts DIR --out DIR", "the control: the same rows with each other's vectors",
+     "A random cycle through all rows, by --seed: no row keeps its own vector.",
+     run_data_permute, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"}}},
+    {"data explain", "data explain --acts DIR --by file|model|api|rules --out FILE.jsonl", "warm-start explanations of rows, from their prefixes",
+     "rules: from the words alone, without a model. model: an instruct model on disk (--model). file: what somebody else wrote (--in:\n"
+     "JSONL with row_id or prefix, and explanation). api: through data/explain_api.py, whose options follow -- (see its --help).\n"
+     "Lists, emphasis and tags are taken off; what lacks its closing tag or has fewer than two features is dropped and counted.",
+     run_data_explain, 0, 1000, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset whose rows are explained"},
+     {"by", "HOW", TEXT, AT(by), 0, 0, "file, model, api or rules"},
+     {"out", "FILE", TEXT, AT(out), 0, 0, "the file to make: JSONL with row_id, prefix, explanation, by"},
+     {"in", "FILE", TEXT, AT(in), 0, 0, "explanations, for --by file; several separated by commas, of which the first counts"}, MODEL_OPTION,
+     {"rows", "N", COUNT, AT(rows), 1, 1e9, "only the first N rows"},
+     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with FILE.part, of a run that was killed"}, SAMPLING_OPTIONS,
+     {"batch", "N", COUNT, AT(batch), 1, 65536, "rows that a model explains together (default: 32)"}}},
+    {"data build", "data build --acts DIR --stage av_sft|ar_sft|rl [--explanations FILE] --out DIR", "training rows: a dataset with explanations and a complete sidecar",
+     "av_sft and ar_sft keep the rows that somebody explained, rl all rows without. The sidecar gets the marker, its neighbours, the\n"
+     "AR's suffix and the templates of the dataset's own model (or --model).",
+     run_data_build, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"},
+     {"stage", "STAGE", TEXT, AT(stage), 0, 0, "av_sft, ar_sft or rl"},
+     {"explanations", "FILE", TEXT, AT(explanations), 0, 0, "from nla data explain; several separated by commas, of which the first counts"}, MODEL_OPTION}},
+    {"data stats", "data stats DIR...", "rows, documents, lengths, norms, repeats, and leakage between datasets", "",
+     run_data_stats, 1, 1000, {{0}}},
     {"train", "train av|ar|rl [--config FILE] [key=value ...]", "teach an AV and an AR, or improve both by RL",
      "av: next-token cross entropy on explanations of activations. ar: mse_nrm of the vectors that explanations are turned into.\n"
      "rl: GRPO with the live AR as reward and a KL to the AV it started from; the AR learns on the same texts.\n"
@@ -822,7 +839,7 @@ static const Command commands[] = {
      {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "length of the packed documents (default: 2048)"},
      {"shape", "ROWS,IN,OUT", TEXT, AT(shape), 0, 0, "of the matrix product"},
      {"repeat", "N", COUNT, AT(repeat), 1, 1e6, "measurements; the median is shown (default: 5)"}}},
-    {"help", "help [COMMAND]", "what there is, or all about one command", "", run_help, 0, 1, {{0}}},
+    {"help", "help [COMMAND]", "what there is, or all about one command", "", run_help, 0, 2, {{0}}},
     {0},
 };
 
@@ -833,6 +850,17 @@ static const Command *find_command(const char *name) {
         }
     }
     return NULL;
+}
+
+/* Commands of two words: "data" alone is none. */
+static bool is_first_word(const char *word) {
+    size_t n = strlen(word);
+    for (const Command *c = commands; c->name; c++) {
+        if (strncmp(c->name, word, n) == 0 && c->name[n] == ' ') {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void print_option(const Option *o) {
@@ -846,14 +874,25 @@ static int run_help(const Settings *s, Err *err) {
         puts("nla: natural language autoencoders. It reads what a language model holds in its residual stream.\n\n"
              "usage: nla COMMAND [options]      nla help COMMAND tells all about one\n");
         for (const Command *c = commands; c->name; c++) {
-            printf("  %-10s %s\n", c->name, c->summary);
+            printf("  %-13s %s\n", c->name, c->summary);
         }
         puts("\nResults go to stdout, progress and timing to stderr. Exit status: 0 done, 1 failed, 2 wrong usage.");
         return 0;
     }
-    const Command *c = find_command(s->argument[0]);
+    char *name = arrlen(s->argument) > 1 ? xprintf("%s %s", s->argument[0], s->argument[1]) : xstrdup(s->argument[0]);
+    const Command *c = find_command(name);
+    bool first = is_first_word(name);
+    for (const Command *k = commands; first && k->name; k++) {
+        if (strncmp(k->name, name, strlen(name)) == 0) {
+            printf("  %-13s %s\n", k->name, k->summary);
+        }
+    }
+    if (!c && !first) {
+        fail(err, "there is no command '%s'; nla help lists them", name);
+    }
+    free(name);
     if (!c) {
-        return fail(err, "there is no command '%s'; nla help lists them", s->argument[0]);
+        return first ? 0 : -1;
     }
     printf("usage: nla %s\n\n%s.\n%s%s\n", c->usage, c->summary, c->details, *c->details ? "\n" : "");
     for (const Option *o = c->option; o->name; o++) {
@@ -870,15 +909,37 @@ static int run_help(const Settings *s, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ main */
 
+/* The command that the line begins with, of one word or two; *words: how many. NULL: none, with the reason. */
+static const Command *command_of(Settings *s, int argc, char **argv, int *words, Err *err) {
+    bool two = argc > 2 && is_first_word(argv[1]);
+    char *name = argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 ? xstrdup("help")
+                 : two ? xprintf("%s %s", argv[1], argv[2])
+                       : xstrdup(argv[1]);
+    const Command *c = find_command(name);
+    const char *nearest = NULL;
+    for (const Command *k = commands; !c && k->name && !nearest; k++) {
+        nearest = edit_distance(name, k->name) <= 2 ? k->name : NULL;
+    }
+    if (c) {
+        s->command = c->name;
+    } else if (argc == 2 && is_first_word(name)) {
+        fail(err, "%s what? nla help %s lists its commands", name, name);
+    } else {
+        fail(err, "there is no command '%s'%s%s%s; nla help lists them", name, nearest ? " (did you mean " : "", nearest ? nearest : "",
+             nearest ? "?)" : "");
+    }
+    *words = two ? 2 : 1;
+    free(name);
+    return c;
+}
+
 int nla_main(int argc, char **argv) {
     Err err = {0};
-    Settings s = {.command = argc > 1 ? argv[1] : "help", .positions = "all", .samples = 1, .max_tokens = 200,
-                  .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN};
-    if (strcmp(s.command, "--help") == 0 || strcmp(s.command, "-h") == 0) {
-        s.command = "help";
-    }
-    const Command *c = find_command(s.command);
-    for (int i = 2; c && i < argc; i++) { /* nla COMMAND --help */
+    Settings s = {.positions = "all", .positions_per_doc = 10, .min_context = 50, .parts = "av_sft:25,ar_sft:25,rl:50,held:4", .samples = 1,
+                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN};
+    int words = 1, status = 2;
+    const Command *c = command_of(&s, argc, argv, &words, &err);
+    for (int i = 1 + words; c && i < argc; i++) { /* nla COMMAND --help */
         if (strcmp(argv[i], "--") == 0) {
             break;
         }
@@ -889,15 +950,7 @@ int nla_main(int argc, char **argv) {
             return 0;
         }
     }
-    int status = 2;
-    if (!c) {
-        const char *nearest = NULL;
-        for (const Command *k = commands; k->name && !nearest; k++) {
-            nearest = edit_distance(s.command, k->name) <= 2 ? k->name : NULL;
-        }
-        fail(&err, "there is no command '%s'%s%s%s; nla help lists them", s.command, nearest ? " (did you mean " : "",
-             nearest ? nearest : "", nearest ? "?)" : "");
-    } else if (parse_options(&s, c, argc, argv, &err) == 0) {
+    if (c && parse_options(&s, c, 1 + words, argc, argv, &err) == 0) {
         status = c->run(&s, &err) == 0 ? 0 : 1;
     }
     arrfree(s.argument);

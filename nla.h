@@ -27,6 +27,8 @@ extern "C" {
 
 /* ------------------------------------------------------------------------------------------------ errors, memory */
 
+typedef struct Settings Settings; /* what a command line says: the command layer, below */
+
 typedef struct Err {
     char msg[1024]; /* one line, no newline at the end */
 } Err;
@@ -64,6 +66,15 @@ void file_unmap(File *file);
  * beside it, fsync, rename, fsync of the directory. */
 int file_write(const char *path, const void *data, size_t len, Err *err);
 int file_sync_dir(const char *path, Err *err); /* fsync of the directory that holds `path`: makes a rename last */
+char *path_beside(const char *path, const char *suffix); /* "dir/" and ".part" -> "dir.part", to be freed */
+void remove_tree(const char *path);              /* a directory and all in it; says nothing of what cannot be removed */
+
+/* A directory that is made as `temp` and takes its name when it is whole. */
+typedef struct {
+    char *final, *temp;
+} Staging;
+int stage(Staging *s, const char *dir, Err *err);
+int unstage(Staging *s, int status, Err *err); /* status 0: renames; else removes what there is. Returns the status, frees s */
 
 /* JSON, strict (RFC 8259), read with jsmn. Nodes are indices; 0 is the root, -1 is "none" and every accessor takes it.
  *   for (int k = json_first(j, object); k >= 0; k = json_next(j, k))   in an object k is the key and k + 1 its value
@@ -133,6 +144,7 @@ Yaml *yaml_new(int kind);
 Yaml *yaml_get(const Yaml *map, const char *dotted_path); /* "extraction.layer_index"; NULL when absent */
 /* Sets a scalar at a dotted path, making the maps on the way; replaces what stood there. */
 void yaml_set(Yaml *map, const char *dotted_path, const char *text, bool quoted);
+void yaml_set_number(Yaml *map, const char *dotted_path, double value); /* nine digits */
 bool yaml_int(const Yaml *node, int64_t *value);
 bool yaml_double(const Yaml *node, double *value);
 
@@ -597,13 +609,18 @@ int corpus_next(Corpus *corpus, Document *doc, Err *err); /* 1 a document (borro
 double corpus_fraction(const Corpus *corpus); /* how much of it has been read, 0 to 1; -1 when nobody can know (stdin) */
 void corpus_close(Corpus *corpus);
 
-/* Writer of a dataset directory (../docs/formats.md): rows are appended, the directory appears under its name when
+/* Writer of a dataset directory (README, "Files"): rows are appended, the directory appears under its name when
  * dataset_finish succeeds. */
 typedef struct DatasetWriter DatasetWriter;
 DatasetWriter *dataset_create(const char *dir, int d_model, Err *err);
+/* The same in a directory that the caller renames: goes on after `rows` rows, whose JSON took text_bytes (dataset_sync told), and
+ * leaves what it wrote when it fails. `columns`: the path of a file beside it, which the caller removes in the end. */
+DatasetWriter *dataset_continue(const char *dir, const char *columns, int d_model, int64_t rows, int64_t text_bytes, Err *err);
 int dataset_append(DatasetWriter *w, const float *activation, int64_t n_raw_tokens, uint64_t row_id, const char *doc_id,
-                   const char *text, size_t text_len, Err *err);
-int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err); /* frees w either way; sets row_count in the sidecar */
+                   const char *text, size_t text_len, const char *explanation, Err *err); /* explanation NULL: there is none */
+int dataset_sync(DatasetWriter *w, int64_t *text_bytes, Err *err);
+/* Frees w either way. Sets row_count, dataset_id, extraction.norms, var_nrm and suggested_injection_scale in the sidecar. */
+int dataset_finish(DatasetWriter *w, Yaml *sidecar, Err *err);
 void dataset_abandon(DatasetWriter *w);                        /* removes what was written */
 
 /* ------------------------------------------------------------------------------------------------ sidecars
@@ -648,6 +665,8 @@ typedef struct {
     char *path;
     Safetensors st;
     const Tensor *vectors; /* activation_vector [n, d_model], F32 or BF16 */
+    const int64_t *n_raw_tokens; /* [n]: tokens of the prefix; NULL: not there */
+    const uint64_t *row_id;      /* [n]; NULL: not there */
     int64_t n;
     int d_model;
     File rows;    /* rows.jsonl */
@@ -659,6 +678,49 @@ int dataset_open(Dataset *d, const char *path, Err *err);
 void dataset_close(Dataset *d);
 void dataset_vector(const Dataset *d, int64_t row, float *out);            /* fp32 [d_model] */
 int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err); /* the row's JSON object; json_free is the caller's */
+
+/* Of the vectors that are finite and not zero; var_nrm as in Scores. */
+typedef struct {
+    double mean, deviation, least, low, median, high, most; /* of |v|; low and high: 1% and 99% */
+    double var_nrm;
+    int64_t zero, not_finite;
+} Norms;
+void dataset_norms(const Dataset *d, Norms *out);
+
+/* ---- the stages: rows from one dataset to the next (stages.c), and their explanations (writers.c) */
+
+typedef struct {
+    char *doc_id, *text, *explanation; /* owned; explanation NULL: there is none */
+    size_t text_len;
+    int64_t n_raw_tokens;
+    uint64_t id, prefix; /* the row's id; XXH3 of its text */
+} Row;
+int row_open(Row *r, const Dataset *d, int64_t row, Err *err);
+void row_close(Row *r);
+int rows_open(Dataset *d, const char *path, Err *err); /* dataset_open of a directory with rows and a sidecar; not an empty one */
+void dataset_tell(const Settings *s, const char *dir, const Yaml *sidecar); /* prints rows, bytes, norms */
+
+/* Explanations on disk: JSONL of {"row_id" or "prefix": 16 hex digits, "explanation", "by"}, several files separated by commas; of two
+ * for one row the first counts. */
+typedef struct {
+    int file;
+    size_t at;
+} ExplanationPlace; /* of a line */
+typedef struct {
+    uint64_t key; /* row id or prefix */
+    ExplanationPlace value;
+} ExplanationMap;
+typedef struct {
+    File *file; /* stb */
+    ExplanationMap *place; /* stb map */
+} Explanations;
+int explanations_open(Explanations *e, const char *paths, Err *err);
+void explanations_close(Explanations *e);
+/* The row's explanation, by its id or its prefix's hash, to be freed as *by is (who wrote it; "file" when it does not say); NULL: none. */
+char *explanation_find(const Explanations *e, const Row *row, char **by, Err *err);
+/* An explanation as a writer wrote it -> two or more paragraphs separated by a blank line, to be freed: what stands between its tags
+ * when it has them; list marks, emphasis and headings taken off. NULL: it cannot be used, *why says for which reason. */
+char *explanation_clean(const char *text, size_t len, const char **why);
 
 /* ------------------------------------------------------------------------------------------------ decoding
  * A prompt is one segment without its last token; each sample is a child that starts with that token. So a prompt is
@@ -699,6 +761,9 @@ typedef struct {
 int feed(Forest *f, Batch *b, int seg, const int *ids, int n, const Tap *tap, Err *err);
 /* Adds samples that continue segment `parent` (or none) with the token `last`. `row` keys the random numbers. */
 int decoder_add(Decoder *d, Forest *f, int parent, int row, int last, int samples, Err *err);
+/* The samples of n prompts (stb ids each), which continue segment `parent` (-1: none): each prompt but its last token becomes a
+ * segment, many of them in one pass. Prompt i draws its random numbers as row first_row + i. */
+int decoder_prompts(Decoder *d, Forest *f, Batch *b, int parent, int *const *prompt, int n, int first_row, int samples, Err *err);
 /* Steps until every sample is done; finished samples leave the batch at once. Returns the number of rows computed, or -1. */
 int64_t decode(Decoder *d, Forest *f, Batch *b, Err *err);
 double sample_logprob(const Sample *x); /* of all it drew */
@@ -962,17 +1027,18 @@ void page_date(char date[32]); /* now, as the pages say it */
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What the commands share: the settings a command line gives, and what most commands load. */
 
-typedef struct {
+struct Settings {
     const char *command;
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype;
+        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations;
+    int positions_per_doc, min_context;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale;
     bool resume, plan, merge, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
-} Settings;
+};
 
 /* What most commands work with. */
 typedef struct {
@@ -1002,6 +1068,13 @@ int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);
 int parse_layers(const char *text, const Config *c, int **layers, Err *err);
 
 int run_capture(const Settings *s, Err *err);
+int run_data_extract(const Settings *s, Err *err);
+int run_data_merge(const Settings *s, Err *err);
+int run_data_split(const Settings *s, Err *err);
+int run_data_permute(const Settings *s, Err *err);
+int run_data_stats(const Settings *s, Err *err);
+int run_data_explain(const Settings *s, Err *err);
+int run_data_build(const Settings *s, Err *err);
 int run_init(const Settings *s, Err *err);
 int run_verbalize(const Settings *s, Err *err);
 int run_reconstruct(const Settings *s, Err *err);

@@ -14,6 +14,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -237,6 +238,50 @@ int file_sync_dir(const char *path, Err *err) {
     int status = fd < 0 || fsync(fd) ? fail(err, "%s: cannot sync the directory: %s", dir, strerror(errno)) : 0;
     if (fd >= 0) close(fd);
     free(dir);
+    return status;
+}
+
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *place) {
+    (void)st;
+    (void)type;
+    (void)place;
+    (void)remove(path);
+    return 0;
+}
+
+void remove_tree(const char *path) {
+    nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+char *path_beside(const char *path, const char *suffix) {
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/') len--;
+    return xprintf("%.*s%s", (int)len, path, suffix);
+}
+
+int stage(Staging *s, const char *dir, Err *err) {
+    *s = (Staging){.final = path_beside(dir, "")};
+    s->temp = xprintf("%s.tmp-%ld", s->final, (long)getpid());
+    int status = 0;
+    if (access(s->final, F_OK) == 0) {
+        status = fail(err, "%s: exists already; remove it or name another directory", s->final);
+    } else if (mkdir(s->temp, 0777) != 0) {
+        status = fail(err, "%s: cannot make this directory: %s", s->temp, strerror(errno));
+    }
+    if (status != 0) {
+        free(s->temp);
+        free(s->final);
+    }
+    return status;
+}
+
+int unstage(Staging *s, int status, Err *err) {
+    if (status == 0 && rename(s->temp, s->final) != 0) {
+        status = fail(err, "%s: cannot rename %s to it: %s", s->final, s->temp, strerror(errno));
+    }
+    if (status != 0) remove_tree(s->temp);
+    free(s->temp);
+    free(s->final);
     return status;
 }
 

@@ -351,12 +351,6 @@ char *marker_choose(const Tokenizer *tok, const char *av_template) {
     return best;
 }
 
-static void set_number(Yaml *y, const char *key, double value) {
-    char *text = xprintf("%.9g", value);
-    yaml_set(y, key, text, false);
-    free(text);
-}
-
 /* The ids that end every filled AR template. The first is left out: it can merge with the explanation's last character. */
 static int suffix_of(const char *template, const Tokenizer *tok, int **suffix, Err *err) {
     static const char *const samples[] = {"A text about rivers.", "x", "\"quoted\"", "the word (river)", "ends in 7"};
@@ -400,14 +394,14 @@ int sidecar_make(Yaml **out, bool ar, const Tokenizer *tok, const Config *config
     yaml_set(y, "role", ar ? "ar" : "av", false);
     yaml_set(y, "stage", "init", false);
     yaml_set(y, "base_checkpoint", base, true);
-    set_number(y, "d_model", config->hidden_size);
+    yaml_set_number(y, "d_model", config->hidden_size);
     if (injection_scale > 0) {
-        set_number(y, "extraction.injection_scale", (double)injection_scale);
+        yaml_set_number(y, "extraction.injection_scale", (double)injection_scale);
     } else {
         yaml_set(y, "extraction.injection_scale", "null", false);
     }
     yaml_set(y, "extraction.mse_scale", "sqrt_d_model", false);
-    set_number(y, "ar.extraction_layer_index", layer);
+    yaml_set_number(y, "ar.extraction_layer_index", layer);
     int *alone = NULL, *prompt = NULL, *suffix = NULL;
     int status = tokenizer_encode(tok, marker, strlen(marker), false, &alone, err);
     if (status == 0) {
@@ -422,9 +416,9 @@ int sidecar_make(Yaml **out, bool ar, const Tokenizer *tok, const Config *config
             at++;
         }
         yaml_set(y, "tokens.injection_char", marker, true);
-        set_number(y, "tokens.injection_token_id", alone[0]);
-        set_number(y, "tokens.injection_left_neighbor_id", prompt[at - 1]);
-        set_number(y, "tokens.injection_right_neighbor_id", prompt[at + 1]);
+        yaml_set_number(y, "tokens.injection_token_id", alone[0]);
+        yaml_set_number(y, "tokens.injection_left_neighbor_id", prompt[at - 1]);
+        yaml_set_number(y, "tokens.injection_right_neighbor_id", prompt[at + 1]);
         yaml_set(y, "tokens.critic_suffix_ids", "", false);
         Yaml *list = yaml_get(y, "tokens.critic_suffix_ids");
         list->kind = YAML_LIST;

@@ -343,3 +343,9 @@ int yaml_save(const Yaml *root, const char *path, Err *err) {
     free(text);
     return status;
 }
+
+void yaml_set_number(Yaml *map, const char *dotted_path, double value) {
+    char *text = xprintf("%.9g", value);
+    yaml_set(map, dotted_path, text, false);
+    free(text);
+}

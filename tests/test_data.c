@@ -263,7 +263,7 @@ static void append_rows(DatasetWriter *w, int n) {
         for (int j = 0; j < D; j++) activation[j] = (float)i + (float)j / 8;
         const char text[] = "a \"text\"\n\xE3\x88\x8E\xFF\0end";
         cr_assert(dataset_append(w, activation, 100 + i, UINT64_MAX - (uint64_t)i, "doc\t1", text, sizeof text - 1,
-                                 &err) == 0,
+                                 NULL, &err) == 0,
                   "%s", err.msg);
     }
 }
@@ -407,7 +407,7 @@ Test(data, a_full_disk_is_an_error_with_its_reason_and_leaves_nothing) {
     Err err = {0};
     float activation[D] = {0};
     int status = 0;
-    for (int i = 0; i < 100000 && !status; i++) status = dataset_append(w, activation, 1, 1, "d", "t", 1, &err);
+    for (int i = 0; i < 100000 && !status; i++) status = dataset_append(w, activation, 1, 1, "d", "t", 1, NULL, &err);
     setrlimit(RLIMIT_FSIZE, &limit);
     cr_expect(status == -1);
     expect_words(err.msg, path, "cannot write: File too large");
