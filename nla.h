@@ -597,6 +597,13 @@ int corpus_next(Corpus *corpus, Document *doc, Err *err); /* 1 a document (borro
 double corpus_fraction(const Corpus *corpus); /* how much of it has been read, 0 to 1; -1 when nobody can know (stdin) */
 void corpus_close(Corpus *corpus);
 
+/* What a reader would say a model has in mind at the end of `text`, from the words alone: subject, register and topic; the
+ * construction still open, the last words quoted; the last token, its role and what may follow. Three paragraphs of plain
+ * prose with a blank line between, 60 to 110 words for most texts, at most 3,000 bytes of the end read; to be freed. NULL when there
+ * are fewer than five words: too little to say. `key` varies the wording; the same text and key give the same bytes. Any
+ * bytes may come in; UTF-8 goes out, without the tags of an explanation. Safe to call from several threads. */
+char *rules_explanation(const char *text, size_t len, uint64_t key);
+
 /* Writer of a dataset directory (../docs/formats.md): rows are appended, the directory appears under its name when
  * dataset_finish succeeds. */
 typedef struct DatasetWriter DatasetWriter;
