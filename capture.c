@@ -155,7 +155,7 @@ static int append_row(Capture *c, const Waiting *doc, int position, size_t at, E
     }
     size_t len;
     char *text = tokenizer_decode(c->l->tok, doc->ids, prefix, true, &len);
-    uint64_t row = XXH3_64bits_withSeed(doc->id, strlen(doc->id), (uint64_t)prefix);
+    uint64_t row = row_id_of(doc->id, prefix);
     for (int i = 0; i < (int)arrlen(c->layer) && status == 0; i++) {
         status = dataset_append(c->writer[i], c->kept[i] + at * (size_t)c->width, prefix, row, doc->id, text, len, NULL, err);
     }

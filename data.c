@@ -349,6 +349,13 @@ void corpus_close(Corpus *c) {
 static const char VECTORS[] = "activations.safetensors", ROWS[] = "rows.jsonl", SIDECAR[] = "nla_meta.yaml";
 enum { HEADER_BYTES = 1024 }; /* kept free in front of the vectors; three tensors take under 400 */
 
+uint64_t row_id_of(const char *doc_id, int64_t n_raw_tokens) {
+    char *name = xprintf("%s#%lld", doc_id, (long long)n_raw_tokens);
+    uint64_t id = XXH3_64bits(name, strlen(name));
+    free(name);
+    return id;
+}
+
 struct DatasetWriter {
     char *dir, *temp; /* temp: where it is until it is whole; dir itself when the caller renames it */
     char *columns_path;

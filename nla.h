@@ -609,9 +609,18 @@ int corpus_next(Corpus *corpus, Document *doc, Err *err); /* 1 a document (borro
 double corpus_fraction(const Corpus *corpus); /* how much of it has been read, 0 to 1; -1 when nobody can know (stdin) */
 void corpus_close(Corpus *corpus);
 
+/* What a reader would say a model has in mind at the end of `text`, from the words alone: subject, register and topic; the
+ * construction still open, the last words quoted; the last token, its role and what may follow. Three paragraphs of plain
+ * prose with a blank line between, 60 to 110 words for most texts, at most 3,000 bytes of the end read; to be freed. NULL when there
+ * are fewer than five words: too little to say. `key` varies the wording; the same text and key give the same bytes. Any
+ * bytes may come in; UTF-8 goes out, without the tags of an explanation. Safe to call from several threads. */
+char *rules_explanation(const char *text, size_t len, uint64_t key);
+
 /* Writer of a dataset directory (README, "Files"): rows are appended, the directory appears under its name when
  * dataset_finish succeeds. */
 typedef struct DatasetWriter DatasetWriter;
+/* A row's id: XXH3 of "doc_id#n_raw_tokens". (As the seed of the hash the number would be mixed into short ids too weakly.) */
+uint64_t row_id_of(const char *doc_id, int64_t n_raw_tokens);
 DatasetWriter *dataset_create(const char *dir, int d_model, Err *err);
 /* The same in a directory that the caller renames: goes on after `rows` rows, whose JSON took text_bytes (dataset_sync told), and
  * leaves what it wrote when it fails. `columns`: the path of a file beside it, which the caller removes in the end. */
@@ -700,7 +709,7 @@ void row_close(Row *r);
 int rows_open(Dataset *d, const char *path, Err *err); /* dataset_open of a directory with rows and a sidecar; not an empty one */
 void dataset_tell(const Settings *s, const char *dir, const Yaml *sidecar); /* prints rows, bytes, norms */
 
-/* Explanations on disk: JSONL of {"row_id" or "prefix": 16 hex digits, "explanation", "by"}, several files separated by commas; of two
+/* ExplanationIndex on disk: JSONL of {"row_id" or "prefix": 16 hex digits, "explanation", "by"}, several files separated by commas; of two
  * for one row the first counts. */
 typedef struct {
     int file;
@@ -713,11 +722,11 @@ typedef struct {
 typedef struct {
     File *file; /* stb */
     ExplanationMap *place; /* stb map */
-} Explanations;
-int explanations_open(Explanations *e, const char *paths, Err *err);
-void explanations_close(Explanations *e);
+} ExplanationIndex;
+int explanations_open(ExplanationIndex *e, const char *paths, Err *err);
+void explanations_close(ExplanationIndex *e);
 /* The row's explanation, by its id or its prefix's hash, to be freed as *by is (who wrote it; "file" when it does not say); NULL: none. */
-char *explanation_find(const Explanations *e, const Row *row, char **by, Err *err);
+char *explanation_find(const ExplanationIndex *e, const Row *row, char **by, Err *err);
 /* An explanation as a writer wrote it -> two or more paragraphs separated by a blank line, to be freed: what stands between its tags
  * when it has them; list marks, emphasis and headings taken off. NULL: it cannot be used, *why says for which reason. */
 char *explanation_clean(const char *text, size_t len, const char **why);

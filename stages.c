@@ -38,7 +38,7 @@ int row_open(Row *r, const Dataset *d, int64_t row, Err *err) {
         return -1;
     }
     r->n_raw_tokens = d->n_raw_tokens ? d->n_raw_tokens[row] : r->n_raw_tokens;
-    r->id = d->row_id ? d->row_id[row] : XXH3_64bits_withSeed(r->doc_id, strlen(r->doc_id), (uint64_t)r->n_raw_tokens);
+    r->id = d->row_id ? d->row_id[row] : row_id_of(r->doc_id, r->n_raw_tokens);
     r->prefix = XXH3_64bits(r->text, r->text_len);
     return 0;
 }
@@ -176,7 +176,7 @@ static int merge(const Settings *s, const char *out, Yaml **sidecar, Err *err) {
     int status = 0;
     for (int i = 0; i < (int)arrlen(s->argument) && status == 0; i++) {
         Dataset d;
-        int64_t from, to;
+        int64_t from = 0, to = 0;
         if (rows_open(&d, s->argument[i], err) != 0) {
             status = -1;
             break;
@@ -623,7 +623,7 @@ typedef struct {
     } *by; /* stb map */
 } Built;
 
-static int build_rows(DatasetWriter *w, const Dataset *d, const Explanations *texts, bool explained, Built *built, Err *err) {
+static int build_rows(DatasetWriter *w, const Dataset *d, const ExplanationIndex *texts, bool explained, Built *built, Err *err) {
     float *v = xmalloc((size_t)d->d_model * sizeof(float));
     int status = 0;
     for (int64_t i = 0; i < d->n && status == 0; i++) {
@@ -654,7 +654,7 @@ static int build_rows(DatasetWriter *w, const Dataset *d, const Explanations *te
     return status;
 }
 
-static int build(const Settings *s, const Dataset *d, const Explanations *texts, Err *err) {
+static int build(const Settings *s, const Dataset *d, const ExplanationIndex *texts, Err *err) {
     bool explained = strcmp(s->stage, "rl") != 0;
     const char *model = s->model ? s->model : text_at(d->meta.yaml, "extraction.base_model");
     Yaml *sidecar = child_sidecar(d, s->stage, "nla data build", err);
@@ -698,7 +698,7 @@ static int build(const Settings *s, const Dataset *d, const Explanations *texts,
 
 int run_data_build(const Settings *s, Err *err) {
     Dataset d;
-    Explanations texts = {0};
+    ExplanationIndex texts = {0};
     if (need(s->acts, "acts", s, err) != 0 || need(s->out, "out", s, err) != 0 || need(s->stage, "stage", s, err) != 0) {
         return -1;
     }

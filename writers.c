@@ -126,7 +126,7 @@ static bool hex_id(const Json *json, const char *key, uint64_t *id) {
     return !*end;
 }
 
-static int index_line(Explanations *e, int file, size_t at, size_t len, int64_t line, Err *err) {
+static int index_line(ExplanationIndex *e, int file, size_t at, size_t len, int64_t line, Err *err) {
     Json json;
     uint64_t id;
     char *place = xprintf("%s: line %lld", e->file[file].path, (long long)line);
@@ -152,7 +152,7 @@ static int index_line(Explanations *e, int file, size_t at, size_t len, int64_t 
     return status;
 }
 
-static int index_file(Explanations *e, const char *path, Err *err) {
+static int index_file(ExplanationIndex *e, const char *path, Err *err) {
     File file;
     if (file_map(&file, path, err) != 0) {
         return -1;
@@ -171,8 +171,8 @@ static int index_file(Explanations *e, const char *path, Err *err) {
     return 0;
 }
 
-int explanations_open(Explanations *e, const char *paths, Err *err) {
-    *e = (Explanations){0};
+int explanations_open(ExplanationIndex *e, const char *paths, Err *err) {
+    *e = (ExplanationIndex){0};
     for (const char *p = paths;;) {
         size_t len = strcspn(p, ",");
         char *path = xstrndup(p, len);
@@ -189,7 +189,7 @@ int explanations_open(Explanations *e, const char *paths, Err *err) {
     }
 }
 
-void explanations_close(Explanations *e) {
+void explanations_close(ExplanationIndex *e) {
     for (int i = 0; i < (int)arrlen(e->file); i++) {
         file_unmap(&e->file[i]);
     }
@@ -197,7 +197,7 @@ void explanations_close(Explanations *e) {
     hmfree(e->place);
 }
 
-char *explanation_find(const Explanations *e, const Row *row, char **by, Err *err) {
+char *explanation_find(const ExplanationIndex *e, const Row *row, char **by, Err *err) {
     ExplanationMap *map = e->place;
     ptrdiff_t at = map ? hmgeti(map, row->id) : -1;
     at = map && at < 0 ? hmgeti(map, row->prefix) : at;
@@ -353,7 +353,7 @@ static int write_cleaned(Writing *w, const Row *row, const char *text, const cha
 }
 
 static int write_by_file(Writing *w, const char *path, Err *err) {
-    Explanations texts;
+    ExplanationIndex texts;
     int status = explanations_open(&texts, path, err);
     if (status != 0) {
         return -1;
@@ -438,7 +438,7 @@ static int write_group(Writing *w, const Loaded *l, int n, Err *err) {
         int start = n > 1 ? common_start(prompt) : 0, root = start > 0 ? forest_add(&forest, -1, start, err) : -1;
         status = start > 0 ? (root < 0 ? -1 : feed(&forest, &batch, root, prompt[0], start, NULL, err)) : 0;
         for (int i = 0; i < n && start > 0; i++) {
-            arrdeln(prompt[i], 0, start);
+            arrdeln(prompt[i], 0, (size_t)start);
         }
         status = status == 0 ? decoder_prompts(&d, &forest, &batch, root, prompt, n, (int)w->done, 1, err) : -1;
     }
