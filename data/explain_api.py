@@ -6,7 +6,7 @@
 For every row the writer sees the text up to the row's last token and says what a model would have in mind there. OUT.jsonl
 gets one object a row, in the order of the rows:
 
-    {"row_id": "16 hex digits", "prefix": "16 hex digits, XXH3-64 of the text", "explanation": "the reply as it came", "by": "NAME"}
+    {"row_id": "16 hex digits", "prefix": "XXH3-64 of the text", "explanation": "the reply as it came", "by": "NAME"}
 
 `nla data explain --by file OUT.jsonl` cleans these and drops, and counts, those without a closing tag.
 
@@ -127,7 +127,9 @@ class Cache:
             self.base = sqlite3.connect(path, isolation_level=None, timeout=30)
             self.base.execute("PRAGMA journal_mode = WAL")
             self.base.execute("PRAGMA synchronous = NORMAL")
-            self.base.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, model TEXT, reply TEXT) WITHOUT ROWID")
+            self.base.execute(
+                "CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, model TEXT, reply TEXT) WITHOUT ROWID"
+            )
         except sqlite3.Error as error:
             raise DatasetError(f"{path}: cannot be used as a cache: {error}") from error
 
@@ -213,7 +215,11 @@ class Api:
             raise Stopped
 
     def post(self, text):
-        body = {"model": self.model, "max_tokens": self.max_tokens, "messages": [{"role": "user", "content": prompt_of(text)}]}
+        body = {
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "messages": [{"role": "user", "content": prompt_of(text)}],
+        }
         body = {name: value for name, value in (body | self.extra).items() if value is not None}
         headers = {"content-type": "application/json", "user-agent": "nla-explain"}
         if self.style == "messages":
@@ -260,7 +266,9 @@ class Api:
             if self.style == "messages":
                 text = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
             else:
-                text = answer["choices"][0]["message"]["content"] or ""  # null: a refusal, or all tokens spent on thinking
+                text = (
+                    answer["choices"][0]["message"]["content"] or ""
+                )  # null: a refusal, or all tokens spent on thinking
             return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair cannot be stored
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise Passing(f"the answer is not one of this API ({type(error).__name__})") from error
@@ -313,7 +321,10 @@ def agree(plan, options):
     out = plan.asked * min(REPLY_TOKENS, options.max_tokens)
     words = f"{plan.rows} rows, {plan.asked} texts to ask {options.model} about: about {plan.tokens_in} tokens in, {out} out"
     if options.price_in is not None and options.price_out is not None:
-        cost_in, most = plan.tokens_in * options.price_in / 1e6, plan.asked * options.max_tokens * options.price_out / 1e6
+        cost_in, most = (
+            plan.tokens_in * options.price_in / 1e6,
+            plan.asked * options.max_tokens * options.price_out / 1e6,
+        )
         words += f"; about ${cost_in + out * options.price_out / 1e6:.2f}, at most ${cost_in + most:.2f}"
     print(words, file=sys.stderr)
     if options.yes or plan.asked == 0:
@@ -334,13 +345,18 @@ class Progress:
             return
         self.spoke = now
         rate = self.done / max(now - self.start, 1e-3)
-        line = f"{self.done} of {self.total} replies, {rate:.1f}/s, {duration((self.total - self.done) / rate)} left, {retries} retries"
+        left = duration((self.total - self.done) / rate)
+        line = f"{self.done} of {self.total} replies, {rate:.1f}/s, {left} left, {retries} retries"
         end = "\n" if not self.terminal or self.done >= self.total else ""
         print(("\r" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    )
 
 
 def ask_all(rows, api, cache, concurrency, total):
@@ -406,7 +422,9 @@ def api_key(options):
     if not key and (options.key_env or not options.url):
         raise DatasetError(f"no API key: set the environment variable {name}, or name another with --key-env")
     if not (key.isascii() and key.isprintable()):
-        raise DatasetError(f"the environment variable {name} does not hold an API key: it has characters no header can carry")
+        raise DatasetError(
+            f"the environment variable {name} does not hold an API key: it has characters no header can carry"
+        )
     return key
 
 
@@ -423,7 +441,15 @@ def explain(options):
     if not agree(plan, options):
         raise DatasetError("nothing was asked; answer y, or give --yes")
     api = Api(
-        options.style, url, options.model, key, options.max_tokens, options.extra, options.timeout, options.tries, options.retry_wait
+        options.style,
+        url,
+        options.model,
+        key,
+        options.max_tokens,
+        options.extra,
+        options.timeout,
+        options.tries,
+        options.retry_wait,
     )
     if plan.asked:
         stopped = stop_politely(api)
@@ -468,13 +494,17 @@ def json_object(text):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(prog="explain_api.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="explain_api.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", metavar="DATASET_DIR|ROWS.jsonl")
     parser.add_argument("out", metavar="OUT.jsonl")
     parser.add_argument("--model", required=True, help="the writer's name, as the API knows it")
     parser.add_argument("--style", choices=STYLES, default="messages")
     parser.add_argument("--url", help="the server, up to but without /v1/messages or /chat/completions")
-    parser.add_argument("--key-env", metavar="NAME", help="environment variable with the key (ANTHROPIC_API_KEY or OPENAI_API_KEY)")
+    parser.add_argument(
+        "--key-env", metavar="NAME", help="environment variable with the key (ANTHROPIC_API_KEY or OPENAI_API_KEY)"
+    )
     parser.add_argument("--concurrency", type=number(int, 1), default=8, help="requests at a time (8)")
     parser.add_argument("--limit", type=number(int, 1), help="only the first N rows")
     parser.add_argument("--max-tokens", type=number(int, 1), default=400, help="longest reply (400)")
@@ -482,10 +512,16 @@ def parse_arguments():
     parser.add_argument("--price-out", type=number(float, 0), help="dollars a million tokens out")
     parser.add_argument("--yes", action="store_true", help="do not ask before spending")
     parser.add_argument("--cache", metavar="FILE", help="where replies are kept (OUT.jsonl.cache)")
-    parser.add_argument("--timeout", type=number(float, 0.01), default=120.0, help="seconds to wait for the server (120)")
+    parser.add_argument(
+        "--timeout", type=number(float, 0.01), default=120.0, help="seconds to wait for the server (120)"
+    )
     parser.add_argument("--tries", type=number(int, 1), default=8, help="times to try one text (8)")
-    parser.add_argument("--retry-wait", type=number(float, 0), default=1.0, help="seconds before the second try, doubled after each (1)")
-    parser.add_argument("--extra", type=json_object, default={}, metavar="JSON", help="more fields of the request; null takes one out")
+    parser.add_argument(
+        "--retry-wait", type=number(float, 0), default=1.0, help="seconds before the second try, doubled after each (1)"
+    )
+    parser.add_argument(
+        "--extra", type=json_object, default={}, metavar="JSON", help="more fields of the request; null takes one out"
+    )
     return parser.parse_args()
 
 

@@ -50,7 +50,7 @@ STAGES = ("base", "av_sft", "ar_sft", "rl")
 PLACEHOLDER = "<INJECT>"  # stands for the marker in the reference's prompts; it knows the character from the sidecar
 EXPLANATION = re.compile(r"<explanation>\n?(.*?)\n?</explanation>", re.DOTALL)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 64 << 20
+ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 32 << 20
 HEADER_BYTES = 1024  # as data.c writes it
 
 
@@ -70,7 +70,9 @@ class Batch:
     def identities(self):
         """Hashes that differ where document or position do; row ids may not, for documents named in 8 bytes or fewer."""
         pairs = zip(self.n_raw_tokens.tolist(), self.doc_id)
-        return np.array([xxhash.xxh3_64_intdigest(f"{count} {doc_id}".encode("utf-8")) for count, doc_id in pairs], dtype="<u8")
+        return np.array(
+            [xxhash.xxh3_64_intdigest(f"{count} {doc_id}".encode("utf-8")) for count, doc_id in pairs], dtype="<u8"
+        )
 
 
 def rows_at_once(width):
@@ -114,7 +116,8 @@ def load_sidecar(path):
         "stage": meta.get("stage") in STAGES,
         "row_count": is_count(meta.get("row_count")),
         "extraction.base_model": isinstance(field(meta, "extraction", "base_model"), str),
-        "extraction.d_model": is_count(field(meta, "extraction", "d_model")) and field(meta, "extraction", "d_model") > 0,
+        "extraction.d_model": is_count(field(meta, "extraction", "d_model"))
+        and field(meta, "extraction", "d_model") > 0,
         "extraction.layer_index": is_count(field(meta, "extraction", "layer_index")),
         "extraction.norm": field(meta, "extraction", "norm") == "none",  # vectors are stored raw, or are something else
     }
@@ -169,7 +172,13 @@ def for_us(metas, files, rows, directory):
     """The sidecars of the files as one of ours. What the files disagree in is left out, or stops the conversion."""
     meta = copy.deepcopy(metas[0])
     for other, path in zip(metas[1:], files[1:]):
-        for keys in (("stage",), ("extraction", "base_model"), ("extraction", "layer_index"), ("tokens",), ("prompt_templates",)):
+        for keys in (
+            ("stage",),
+            ("extraction", "base_model"),
+            ("extraction", "layer_index"),
+            ("tokens",),
+            ("prompt_templates",),
+        ):
             if field(other, *keys) != field(meta, *keys):
                 raise DatasetError(f"{path}: its sidecar's {'.'.join(keys)} is not that of {files[0]}")
     ids = list(dict.fromkeys(other["dataset_id"] for other in metas))
@@ -218,7 +227,9 @@ class Directory:
                 raise DatasetError(f"{self.path}: {what} has {count} rows, activation_vector {self.rows}")
         for key, value in (("row_count", self.rows), ("extraction.d_model", self.width)):
             if field(self.meta, *key.split(".")) != value:
-                raise DatasetError(f"{directory}/{SIDECAR}: {key} is {field(self.meta, *key.split('.'))}, {VECTORS} says {value}")
+                raise DatasetError(
+                    f"{directory}/{SIDECAR}: {key} is {field(self.meta, *key.split('.'))}, {VECTORS} says {value}"
+                )
 
     def load(self, tensor, dtype):
         return np.fromfile(self.path, dtype, tensor.shape[0], offset=tensor.begin)
@@ -258,7 +269,9 @@ class Directory:
         )
         differs = batch.n_raw_tokens != self.n_raw_tokens[first : first + len(rows)]
         if differs.any():
-            raise DatasetError(f"{self.path}: n_raw_tokens, row {first + first_true(differs)}: {ROWS} says something else")
+            raise DatasetError(
+                f"{self.path}: n_raw_tokens, row {first + first_true(differs)}: {ROWS} says something else"
+            )
         ids = batch.row_ids()
         differs = ids != self.row_id[first : first + len(rows)]
         if differs.any():
@@ -316,11 +329,17 @@ class Parquet:
         if name == "activation_vector":
             good, want = a_list and kinds.is_floating(type_.value_type), "a list of floats"
             if good and kinds.is_fixed_size_list(type_) and type_.list_size != self.width:
-                raise DatasetError(f"{self.path}: activation_vector has width {type_.list_size}, its sidecar says {self.width}")
+                raise DatasetError(
+                    f"{self.path}: activation_vector has width {type_.list_size}, its sidecar says {self.width}"
+                )
         elif name in ("n_raw_tokens", "activation_layer"):
             good, want = kinds.is_integer(type_), "an integer"
         elif name == "prompt" and self.stage != "ar_sft":
-            good = a_list and kinds.is_struct(type_.value_type) and {"role", "content"} <= {part.name for part in type_.value_type}
+            good = (
+                a_list
+                and kinds.is_struct(type_.value_type)
+                and {"role", "content"} <= {part.name for part in type_.value_type}
+            )
             want = "a list of messages {role, content}"
         else:
             good, want = kinds.is_string(type_) or kinds.is_large_string(type_), "a string"
@@ -420,8 +439,13 @@ class ArrowErrors:
         return self
 
     def __exit__(self, kind, error, _):
-        if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) and not isinstance(error, FileNotFoundError):
-            raise DatasetError(f"{self.path}: not a parquet file that can be read: {' '.join(str(error).split())[:300]}") from error
+        damaged = isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or (
+            isinstance(error, OSError) and not error.errno
+        )
+        if damaged:
+            raise DatasetError(
+                f"{self.path}: not a parquet file that can be read: {' '.join(str(error).split())[:300]}"
+            ) from error
 
 
 class Parquets:
@@ -435,7 +459,9 @@ class Parquets:
         self.metas = [load_sidecar(beside) for beside in sidecars]
         self.files = [Parquet(*file) for file in zip(paths, self.metas, sidecars)]
         self.rows, self.width = sum(file.rows for file in self.files), self.files[0].width
-        counted = [(sidecar, self.rows)] if sidecar else [(beside, file.rows) for beside, file in zip(sidecars, self.files)]
+        counted = (
+            [(sidecar, self.rows)] if sidecar else [(beside, file.rows) for beside, file in zip(sidecars, self.files)]
+        )
         for (beside, rows), meta in zip(counted, self.metas):
             if meta["row_count"] != rows:
                 raise DatasetError(f"{beside}: row_count is {meta['row_count']}, the parquet has {rows} rows")
@@ -463,7 +489,12 @@ class DirectoryWriter:
     """Writes what DatasetWriter in data.c writes, to the byte."""
 
     def __init__(self, directory, rows, width, bf16):
-        self.directory, self.rows, self.width, self.dtype = Path(os.path.abspath(directory)), rows, width, "BF16" if bf16 else "F32"
+        self.directory, self.rows, self.width, self.dtype = (
+            Path(os.path.abspath(directory)),
+            rows,
+            width,
+            "BF16" if bf16 else "F32",
+        )
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise DatasetError(f"{directory}: exists and is not empty; remove it or name another directory")
         vectors = rows * width * dataset.BYTES_OF[self.dtype]
@@ -498,7 +529,9 @@ class DirectoryWriter:
         bits = batch.vectors.view("<u4")
         lost = (bits & 0xFFFF).any(axis=1)
         if lost.any():
-            raise DatasetError(f"row {self.done + first_true(lost)}: the sidecar says vector_dtype BF16, the values need float32")
+            raise DatasetError(
+                f"row {self.done + first_true(lost)}: the sidecar says vector_dtype BF16, the values need float32"
+            )
         return (bits >> 16).astype("<u2").tobytes()
 
     def finish(self, meta):
@@ -522,7 +555,9 @@ class DirectoryWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x20)} | {ord(c): f"\\{c}" for c in '"\\'} | {10: "\\n", 9: "\\t"}
+JSON_ESCAPES = (
+    {code: f"\\u{code:04x}" for code in range(0x20)} | {ord(c): f"\\{c}" for c in '"\\'} | {10: "\\n", 9: "\\t"}
+)
 
 
 def json_line(doc_id, n_raw_tokens, text, explanation):
@@ -547,12 +582,17 @@ class ParquetWriter:
         self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         self.temporary_sidecar = Path(f"{self.temporary}.{SIDECAR}")
         words = [name for name in self.schema.names if name != "activation_vector"]
-        self.writer = pq.ParquetWriter(self.temporary, self.schema, use_dictionary=words + ["prompt.list.element.content"])
+        self.writer = pq.ParquetWriter(
+            self.temporary, self.schema, use_dictionary=words + ["prompt.list.element.content"]
+        )
         self.done = 0
 
     def make_schema(self):
         """The reference's columns in its order; api_explanation where a stage without a place for words has some."""
-        vectors, text = ("activation_vector", pa.list_(pa.float32(), self.ours.width)), ("detokenized_text_truncated", pa.string())
+        vectors, text = ("activation_vector", pa.list_(pa.float32(), self.ours.width)), (
+            "detokenized_text_truncated",
+            pa.string(),
+        )
         provenance = [("n_raw_tokens", pa.int64()), ("activation_layer", pa.int64()), ("doc_id", pa.string())]
         meta_path = self.ours.path.with_name(SIDECAR)
         if self.stage == "base":
@@ -577,7 +617,9 @@ class ParquetWriter:
         rows = len(batch.doc_id)
         self.check_words(batch)
         column = {
-            "activation_vector": pa.FixedSizeListArray.from_arrays(pa.array(batch.vectors.reshape(-1)), self.ours.width),
+            "activation_vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(batch.vectors.reshape(-1)), self.ours.width
+            ),
             "n_raw_tokens": batch.n_raw_tokens,
             "activation_layer": np.full(rows, self.ours.meta["extraction"]["layer_index"]),
             "doc_id": batch.doc_id,
@@ -590,7 +632,9 @@ class ParquetWriter:
             column["response"] = [f"<explanation>\n{text}\n</explanation>" for text in batch.explanation]
         if self.stage == "ar_sft":
             column["prompt"] = [self.before + text + self.after for text in batch.explanation]
-        self.writer.write_table(pa.table([pa.array(column[part.name], part.type) for part in self.schema], schema=self.schema))
+        self.writer.write_table(
+            pa.table([pa.array(column[part.name], part.type) for part in self.schema], schema=self.schema)
+        )
         self.done += rows
 
     def check_words(self, batch):
@@ -598,7 +642,9 @@ class ParquetWriter:
             if (text is not None) != self.has_text:
                 raise DatasetError(f"{self.ours.rows_path}: line {row + 1}: some rows have a text and this one differs")
             if explanation is None and self.stage in ("av_sft", "ar_sft"):
-                raise DatasetError(f"{self.ours.rows_path}: line {row + 1}: no explanation; stage {self.stage} needs one")
+                raise DatasetError(
+                    f"{self.ours.rows_path}: line {row + 1}: no explanation; stage {self.stage} needs one"
+                )
 
     def finish(self, meta):
         self.writer.close()
@@ -633,20 +679,19 @@ def has_explanations(path):
 
 
 class Digest:
-    """What must be the same on both sides: the vectors' bytes, and the words."""
+    """What must be the same on both sides however the rows are cut into batches: the vectors' bytes, and the rest."""
 
     def __init__(self):
-        self.rows, self.vectors, self.words = 0, xxhash.xxh3_64(), xxhash.xxh3_64()
+        self.rows, self.vectors, self.rest = 0, xxhash.xxh3_64(), xxhash.xxh3_64()
 
     def update(self, batch):
         self.rows += len(batch.doc_id)
         self.vectors.update(np.ascontiguousarray(batch.vectors))
-        self.vectors.update(batch.n_raw_tokens.tobytes())
-        for row in zip(batch.doc_id, batch.text, batch.explanation):
-            self.words.update(json.dumps(row).encode())
+        for row in zip(batch.doc_id, batch.n_raw_tokens.tolist(), batch.text, batch.explanation):
+            self.rest.update(json.dumps(row).encode())
 
     def value(self):
-        return self.rows, self.vectors.hexdigest(), self.words.hexdigest()
+        return self.rows, self.vectors.hexdigest(), self.rest.hexdigest()
 
 
 def convert(reader, writer, meta):
@@ -715,7 +760,10 @@ def report(path, reader, digest, meta):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="parquet.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+        prog="parquet.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
     )
     parser.add_argument("way", choices=["to", "from"])
     parser.add_argument("paths", nargs="+", metavar="PATH")
@@ -733,7 +781,10 @@ def main():
         print(f"parquet.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"parquet.py: {error.filename or options.paths[-1]}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"parquet.py: {error.filename or options.paths[-1]}: {error.strerror or ' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("parquet.py: interrupted; nothing was left behind", file=sys.stderr)
