@@ -454,6 +454,7 @@ def check_parquet(work):
     check_round_trips(work)
     check_bf16(work)
     check_theirs(work)
+    check_reading_back(work)
     check_bad_columns(work)
     check_bad_sidecars(work)
     check_places(work)
@@ -666,6 +667,28 @@ def check_theirs(work):
         result.returncode == 0 and "text" not in lines_of(work / "bare/rows.jsonl")[0],
         result.stderr,
     )
+
+
+def check_reading_back(work):
+    """A disk that gives back another byte than it was given."""
+    import parquet
+
+    class BadDisk(parquet.DirectoryWriter):
+        def finish(self, meta):
+            super().finish(meta)
+            path = self.temporary / dataset.VECTORS
+            data = bytearray(path.read_bytes())
+            data[1024] ^= 1
+            path.write_bytes(data)
+
+    theirs = parquet.Parquets([work / "theirs.parquet"], None)
+    try:
+        parquet.convert(theirs, BadDisk(work / "flipped", theirs.rows, theirs.width, False), theirs.metas[0])
+        said = "nothing"
+    except dataset.DatasetError as error:
+        said = str(error)
+    check("a flipped bit is seen when reading back", "differs from what was written" in said, said)
+    check("and the data set gets no name", not list(work.glob("flipped*")))
 
 
 def check_bad_columns(work):
