@@ -365,6 +365,8 @@ run_tests() {
     check "build/asan/nla" run_make asan build/asan/nla
     need chromium:chromium chromium-driver:chromedriver python3:python3 fonts-dejavu-core:/usr/share/fonts/truetype/dejavu ||
         say "the page's test in a browser will be skipped"
+    need python3:python3 python3-xxhash:/usr/lib/python3/dist-packages/xxhash ||
+        say "the tests of the scripts in data/ will be skipped where no Python has xxhash"
     run_shell_tests
 
     part "5. fuzzing: the corpus again, then 20 s of new inputs"
