@@ -364,15 +364,14 @@ int run_capture(const Settings *s, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ nla data extract
  * It works in OUT.partial: data/ is to become OUT, columns_K stand beside until then, state.json says how far all of it is whole,
- * `lock` keeps a second run out. State is written every SAVE_SECONDS, after what it speaks of; a run that goes on cuts the files
+ * `lock` keeps a second run out. State is written every --save-every seconds, after what it speaks of; a run that goes on cuts the files
  * back to it. */
-
-enum { SAVE_SECONDS = 15 };
 
 typedef struct {
     Capture c;
     char *part, *settings; /* OUT.partial; what the rows depend on, in words */
     int lock;
+    bool mine;             /* the lock is held: what is in OUT.partial is this run's */
     int64_t from, to;      /* documents of the corpus */
     int64_t next;          /* documents before this one are written */
     int64_t repeated, text_bytes;
@@ -486,7 +485,13 @@ static int load_state(Extract *x, Err *err) {
 static int open_part(Extract *x, Err *err) {
     const Settings *s = x->c.s;
     struct stat st;
+    char *data = xprintf("%s/data", x->part);
+    bool published = access(data, F_OK) != 0; /* a kill after the renaming leaves the rest of OUT.partial */
+    free(data);
     if (stat(s->out, &st) == 0 && (!S_ISDIR(st.st_mode) || rmdir(s->out) != 0)) { /* an empty directory may be replaced */
+        if (published) {
+            remove_tree(x->part);
+        }
         return fail(err, "%s: exists; remove it or name another directory", s->out);
     }
     bool there = mkdir(x->part, 0777) != 0;
@@ -500,7 +505,8 @@ static int open_part(Extract *x, Err *err) {
     if (status == 0 && flock(x->lock, LOCK_EX | LOCK_NB) != 0) {
         return fail(err, "%s: another run is writing to it now", x->part);
     }
-    int state = status == 0 ? load_state(x, err) : -1;
+    x->mine = status == 0;
+    int state = status == 0 && !published ? load_state(x, err) : status;
     if (state == 1 && !s->resume) {
         return fail(err, "%s: holds an unfinished run (%lld rows); go on with --resume, or remove it", x->part, (long long)x->c.rows);
     }
@@ -579,7 +585,7 @@ static int extract_corpus(Extract *x, int64_t documents, Err *err) {
         if (at >= x->from && at >= x->next && !repeated) {
             status = capture_document(&x->c, how, &doc, &ran, err);
         }
-        if (status == 0 && ran && now() - saved > SAVE_SECONDS) {
+        if (status == 0 && ran && now() - saved >= s->save_every) {
             x->next = at;
             status = save_state(x, err);
             saved = now();
@@ -679,6 +685,9 @@ int run_data_extract(const Settings *s, Err *err) {
     int status = capture_open(&x.c, s, &l, s->min_context, err);
     status = status == 0 ? extract(&x, err) : -1;
     capture_close(&x.c);
+    if (status != 0 && x.mine && x.c.rows == 0) {
+        remove_tree(x.part); /* nothing to go on from */
+    }
     hmfree(x.seen);
     free(x.part);
     free(x.settings);

@@ -773,6 +773,7 @@ static const Command commands[] = {
      {"min-context", "N", COUNT, AT(min_context), 0, 1e6, "tokens at its start that are not read (default: 50)"},
      {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "tokens of a document that are run (default: 2048)"},
      {"documents", "N|A:B", TEXT, AT(documents), 0, 0, "the first N documents, or those from A on, before B (default: all)"},
+     {"save-every", "SECONDS", NUMBER, AT(save_every), 0, 1e6, "between two states that --resume can go on from (default: 15)"},
      {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with the run that OUT.partial holds"}}},
     {"data merge", "data merge DIR... --out DIR", "shards of one corpus as one dataset",
      "DIR...: what nla data extract made of consecutive ranges of documents (--documents 0:1000, 1000:2000, ...), in order.",
@@ -936,7 +937,7 @@ static const Command *command_of(Settings *s, int argc, char **argv, int *words,
 int nla_main(int argc, char **argv) {
     Err err = {0};
     Settings s = {.positions = "all", .positions_per_doc = 10, .min_context = 50, .parts = "av_sft:25,ar_sft:25,rl:50,held:4", .samples = 1,
-                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN};
+                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15};
     int words = 1, status = 2;
     const Command *c = command_of(&s, argc, argv, &words, &err);
     for (int i = 1 + words; c && i < argc; i++) { /* nla COMMAND --help */

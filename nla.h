@@ -1045,7 +1045,7 @@ struct Settings {
     int positions_per_doc, min_context;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
-    double temperature, top_p, injection_scale;
+    double temperature, top_p, injection_scale, save_every;
     bool resume, plan, merge, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
 };
 

@@ -84,7 +84,7 @@ char *explanation_clean(const char *text, size_t len, const char **why) {
     const char *end = p + len;
     char *out = NULL;
     int paragraphs = 0;
-    bool fresh = true; /* the next words open a paragraph */
+    bool fresh = true, headed = false; /* the next words open a paragraph; a heading went before, which they join */
     while (p < end) {
         const char *line = memchr(p, '\n', (size_t)(end - p)), *next = line ? line + 1 : end, *from = skip_space(p, end);
         line = line ? line : end;
@@ -95,14 +95,14 @@ char *explanation_clean(const char *text, size_t len, const char **why) {
         if (from >= line) {
             fresh = true;
         } else {
-            bool opens = fresh || words > from;
+            bool opens = !headed && (fresh || words > from);
             for (const char *gap = !arrlen(out) ? "" : opens ? "\n\n" : " "; *gap; gap++) {
                 arrput(out, *gap);
             }
             paragraphs += opens;
             add_line(&out, words, line);
-            fresh = *from == '#';
-            paragraphs -= *from == '#' && words > from; /* a heading is no feature: it joins what it heads */
+            fresh = false;
+            headed = *from == '#' && words > from;
         }
         p = next;
     }
@@ -132,12 +132,12 @@ static int index_line(ExplanationIndex *e, int file, size_t at, size_t len, int6
     char *place = xprintf("%s: line %lld", e->file[file].path, (long long)line);
     int status = json_parse(&json, e->file[file].data + at, len, place, err);
     if (status == 0) {
-        bool known = false;
+        bool known = false, explained = json_type(&json, json_get(&json, 0, "explanation")) == JSON_STRING;
         static const char *const keys[] = {"row_id", "prefix"};
         for (int k = 0; k < 2; k++) {
             if (hex_id(&json, keys[k], &id)) {
                 known = true;
-                if (hmgeti(e->place, id) < 0) {
+                if (explained && hmgeti(e->place, id) < 0) {
                     ExplanationPlace where = {file, at};
                     hmput(e->place, id, where);
                 }

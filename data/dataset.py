@@ -38,7 +38,7 @@ def row_id(doc_id, n_raw_tokens):
     """The id `nla capture` gives a row: XXH3-64 of the document's id, seeded with the length of the prefix in tokens."""
     import xxhash
 
-    return xxhash.xxh3_64_intdigest(doc_id.encode("utf-8"), seed=n_raw_tokens)
+    return xxhash.xxh3_64_intdigest(f"{doc_id}#{n_raw_tokens}".encode("utf-8"))
 
 
 def sync_directory(path):
