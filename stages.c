@@ -642,7 +642,8 @@ static int build_rows(DatasetWriter *w, const Dataset *d, const ExplanationIndex
             status = append(w, &row, v, text, err);
             built->written++;
             if (by) {
-                shput(built->by, by, shget(built->by, by) + 1);
+                int64_t before = shget(built->by, by); /* not inside shput, which has a place of its own in mind by then */
+                shput(built->by, by, before + 1);
             }
         }
         built->silent += status == 0 && explained && !text;

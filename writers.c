@@ -237,7 +237,8 @@ typedef struct {
 static void count_line(Writing *w, const char *why) {
     w->done++;
     if (why) {
-        shput(w->dropped, why, shget(w->dropped, why) + 1);
+        int64_t before = shget(w->dropped, why); /* not inside shput, which has a place of its own in mind by then */
+        shput(w->dropped, why, before + 1);
     } else {
         w->explained++;
     }
