@@ -365,7 +365,7 @@ def training_rows(bench, directory, folder, rows):
     vectors = torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
     acts = folder / "acts"
     acts.mkdir()
-    safetensors.torch.save_file({"activation_vector": vectors, "n_raw_tokens": torch.full((rows,), 60), "row_id": torch.arange(rows)},
+    safetensors.torch.save_file({"activation_vector": vectors, "n_raw_tokens": torch.full((rows,), 60), "row_id": torch.arange(rows).to(torch.uint64)},
                                 acts / "activations.safetensors")  # fmt: skip
     texts = [" ".join(random.choice(WORDS, n)) + "." for n in random.integers(60, 110, rows)]
     (acts / "rows.jsonl").write_text("".join(json.dumps({"doc_id": str(i), "n_raw_tokens": 60, "text": "", "explanation": text}) + "\n"
