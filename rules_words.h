@@ -42,8 +42,8 @@ static const struct {
     const char *words;
 } word_classes[] = {
     {P_DET,
-        "all another any both certain each either enough every few half less many more most much neither no several some such "
-        "these this those various whatever"},
+        "a all an another any both certain each either enough every few half less many more most much neither no several some "
+        "such the these this those various whatever"},
     {P_POSS,
         "her his its my our their whose your"},
     {P_PREP,
