@@ -130,11 +130,13 @@ static Entry look_up(const char *word, int len) {
     const Entry *e = lexicon_find(word, len);
     if (e) all = *e;
     if (len > LONGEST || (all.pos & ~(unsigned)(P_DULL | P_COMMON | P_CODE | P_NAME))) return all;
+    bool based = false;
     for (int i = 0; i < COUNT(inflections); i++) {
         const Entry *base = base_of(word, len, i);
         if (!base) continue;
         if ((all.pos & (P_S | P_PLURAL)) && inflections[i].needs == 0) continue;
-        if (!all.word) all.word = base->word, all.len = base->len;
+        if (!based) all.word = base->word, all.len = base->len;
+        based = true;
         all.pos |= inflections[i].makes | (base->pos & (P_DULL | P_COMMON | P_TAKES));
         all.domains |= base->domains;
     }
@@ -514,23 +516,25 @@ static int line_is_code(const char *s, int len) {
 /* Sets code, in_code and comment from the lines. The last line counts by itself only when there is enough of it. */
 static void judge_lines(Text *t) {
     int code = 0, words = 0, recent = 0;
-    bool block = false;
+    bool block = false, wordy = false;
     for (int at = 0; at < t->len;) {
         const char *s = t->s + at, *newline = memchr(s, '\n', (size_t)(t->len - at));
         int len = newline ? (int)(newline - s) : t->len - at;
-        int is = line_is_code(s, len);
+        int is = line_is_code(s, len), gaps = 0;
+        for (int i = 1; i < len; i++) gaps += s[i] == ' ' && s[i - 1] != ' ';
         bool cut = at == 0 && !t->whole;
         if (!cut) code += is > 0, words += is == 0;
         if (is >= 0 && !cut) recent = ((recent << 1) | is) & 7;
         const char *open = memmem(s, (size_t)len, "/*", 2), *close = memmem(s, (size_t)len, "*/", 2);
         if (open || close) block = open && (!close || close < open);
         t->in_code = is > 0;
+        wordy = is == 0 && gaps > 6;
         t->comment = block || (is < 0 && line_has(s, len, "//")) || line_has(s, len, " # | // ") || line_starts(s, len, "# |// ");
         at += len + 1;
     }
     t->code = code > words;
     t->examples = !t->code && code > 2 && code * 6 > words;
-    t->in_code = t->in_code || (t->code && recent);
+    t->in_code = t->in_code || (t->code && recent && !wordy);
     t->comment = t->comment && t->code;
     if (t->comment) t->in_code = false;
 }
@@ -538,8 +542,9 @@ static void judge_lines(Text *t) {
 static const struct {
     const char *language, *cues;
 } languages[] = {
-    {"C", "#include|#define|#ifdef|#endif|->|/* | */|struct |int |char |void |static |size_t|const |;\n"},
-    {"Python", "def |self|import |elif |None|True|False|>>>|:\n|\"\"\"|__|except |.. |print(|lambda |raise "},
+    {"C", "#include|#define|#ifdef|#endif|->|/* | */|struct |int |char |void |static |size_t|const |;\n|);\n|{\n|}\n|NULL|#if "},
+    {"C++", "std::|template|typename|namespace |operator|_M_|::|nullptr|class |const |;\n|);\n|{\n|}\n|&|<<|#include|public:|void "},
+    {"Python", "def |self.|import |elif |None|True|False|>>>|:\n|\"\"\"|__init__|except |print(|lambda |raise |return |[|'"},
     {"Perl", "my $|=head|=item|@_|$_|qw(|=~|sub |use strict|->{|=cut|L<|C<|print \"|=over|foreach |@{"},
     {"shell", "#!/bin|$ |fi\n|done\n|echo |sudo |apt|grep |export |esac|${|$1|||  ||# |git |--|cat |cp |mount "},
     {"SQL", "SELECT |FROM |WHERE |INSERT |CREATE |TABLE |VALUES|INTEGER|text|ALTER |UPDATE |JOIN |NULL|;\n"},
@@ -567,6 +572,14 @@ static const char *language_of(const Text *t) {
 
 /* ------------------------------------------------------------------------------------------------ subject, form, register */
 
+static bool may_name(const Text *t, int domain) {
+    bool may = !domains[domain].needs;
+    for (int i = 0; i < t->n && !may; i++) {
+        may = (t->piece[i].known.domains >> domain & 1) && piece_in(t, i, domains[domain].needs);
+    }
+    return may;
+}
+
 /* The two subjects whose words weigh most. A word of k subjects counts 1/k for each, three times at most; a subject needs three
  * different words. */
 static void find_subjects(const Text *t, int subject[2], double score[2]) {
@@ -587,7 +600,7 @@ static void find_subjects(const Text *t, int subject[2], double score[2]) {
         subject[k] = -1;
         score[k] = 0;
         for (int d = 0; d < COUNT(domains); d++) {
-            if (sum[d] > score[k] && kinds[d] > 2 && (k == 0 || d != subject[0])) subject[k] = d, score[k] = sum[d];
+            if (sum[d] > score[k] && kinds[d] > 2 && may_name(t, d) && (k == 0 || d != subject[0])) subject[k] = d, score[k] = sum[d];
         }
     }
 }
@@ -626,7 +639,9 @@ static Lines count_lines(const Text *t) {
         l.directive += line_starts(s, len, ".. ") || line_has(s, len, ":meth:`|:func:`|:class:`|:mod:`|:ref:`|:c:");
         l.pod += line_starts(s, len, "=head|=item|=over|=back") || line_has(s, len, "C<|L<|F<|B<");
         l.term += line_has(s, len, "[1913 Webster]|[WordNet|[PJC]|Syn: |, n. |, a. |, v. t. |, n.:|, adj.|<programming|<hardware"
-                                   "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. ");
+                                   "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. |), n.|), a.|), v. |, adv. |(Zool.)|(Bot.)|(Med.)|"
+                                   "[imp. & p. p.|n. pl.|[Obs.]|, n. [|, a. [|(Naut.)|(Chem.)|(Anat.)|> A |> An |> The |> [") ||
+                  line_starts(s, len, ":");
         l.dialogue += (line_has(s, len, "!|?|...") && line_has(s, len, "you|You|I |my |we |We |us ")) || s[0] == '"';
         l.manual += skip == 0 && len < 14 &&
                     line_starts(s, len, "NAME|SYNOPSIS|DESCRIPTION|OPTIONS|EXAMPLES|SEE ALSO|RETURN VALUE|FILES");
@@ -644,7 +659,8 @@ static Voice hear(const Text *t) {
     Voice v = {.words = t->words};
     for (int i = 0; i < t->n; i++) {
         unsigned pos = pos_of(t, i);
-        if (t->piece[i].kind == MARK) v.question += piece_is(t, i, "?"), v.shout += piece_is(t, i, "!");
+        bool after_word = i > 0 && t->piece[i - 1].kind == WORD && t->piece[i - 1].len > 1 && !t->piece[i].spaced;
+        if (after_word) v.question += piece_is(t, i, "?"), v.shout += piece_is(t, i, "!");
         if (t->piece[i].kind != WORD) continue;
         v.i += piece_is(t, i, "I") || piece_in(t, i, "my me i'm i've mine");
         v.we += piece_in(t, i, "we us our we're ours");
@@ -660,6 +676,7 @@ static Voice hear(const Text *t) {
 static const char *form_of(const Text *t, const Lines *l, const Voice *v, const char *language) {
     bool c_like = !strcmp(language, "C"), python = !strcmp(language, "Python");
     if (l->pod * 12 > l->all && l->pod > 1) return "documentation in POD markup|a POD manual";
+    if (t->code && !strcmp(language, "C++")) return "C++ source code|a piece of C++ code|program text in C++";
     if (t->code && c_like) return "C source code|a piece of C code|program text in C";
     if (t->code && python) return "Python source code|a piece of Python code|program text in Python";
     if (t->code && !strcmp(language, "Perl")) return "Perl source code|a piece of Perl code";
@@ -747,7 +764,7 @@ static void write_subject(Writer *w, const Text *t) {
     }
     say(w, "this reads like |this is |the text is |we are reading |it looks like |", NULL, NULL);
     say(w, form_of(t, &lines, &voice, language_of(t)), NULL, NULL);
-    if (t->examples) say(w, " with lines of code| and code", NULL, NULL);
+    if (t->examples && lines.term * 14 <= lines.all) say(w, " with lines of code| and code", NULL, NULL);
     if (score[0] > 2.5) {
         bool sure = score[0] > 6 && score[0] > 1.4 * score[1];
         say(w, sure ? " on | about | concerned with " : ", apparently on |, probably about |, it seems on ", NULL, NULL);
@@ -841,7 +858,7 @@ static int list_topics(const Text *t, Topic *topic, int n, int from, int most, d
         for (int i = 0; i < n; i++) {
             if (topic[i].piece >= from && topic[i].weight > (best < 0 ? 0 : topic[best].weight)) best = i;
         }
-        if (best < 0 || topic[best].weight < least * top) break;
+        if (best < 0 || topic[best].weight < (count < 3 ? 0.4 * least : least) * top) break;
         if (topic[best].weight > top) top = topic[best].weight;
         shown[count++] = topic[best].piece;
         topic[best].weight = 0;
@@ -878,6 +895,9 @@ static void write_topics(Writer *w, const Text *t) {
 
 static bool is_sentence_end(const Text *t, int i) {
     if (!piece_in(t, i, ". ! ? ...") || t->piece[i].first || (i > 0 && t->piece[i - 1].first && t->piece[i - 1].kind == NUMBER)) return false;
+    bool numbered = i > 1 && t->piece[i - 1].kind == NUMBER &&
+                    piece_in(t, i - 2, "table figure section chapter fig example part version no step");
+    if (numbered) return false;
     bool initial = i > 0 && t->piece[i - 1].kind == WORD && t->piece[i - 1].len == 1 && !piece_is(t, i - 1, "I");
     return piece_in(t, i, "! ?") || !(initial || piece_in(t, i - 1, "mr mrs dr st vs eg ie cf etc al vol pp fig no see"));
 }
@@ -980,6 +1000,13 @@ static Open find_open(const Text *t) {
     return o;
 }
 
+/* The piece before piece i that is no BREAK, or -1. */
+static int previous(const Text *t, int i) {
+    do i--;
+    while (i >= 0 && t->piece[i].kind == BREAK);
+    return i;
+}
+
 static int line_start(const Text *t, int i) {
     while (i > 0 && !t->piece[i].first) i--;
     return i;
@@ -992,10 +1019,11 @@ static bool write_bracket(Writer *w, const Text *t, const Open *o) {
     char from[QUOTE_ROOM], depth[32] = "";
     int b = o->bracket[o->n - 1];
     bool brace = piece_is(t, b, "{"), round = piece_is(t, b, "(");
-    if (brace && t->code && !t->piece[b].first) {
-        quote_pieces(t, line_start(t, b), b, 9, from);
+    int head = b > 0 && t->piece[b].first ? previous(t, b) : b; /* the brace may stand on a line of its own */
+    if (brace && t->code && head >= 0) {
+        quote_pieces(t, line_start(t, head), head, 9, from);
         if (o->n > 1) snprintf(depth, sizeof depth, ", %d deep", o->n);
-        say(w, "the block that %1 opened is still open%2|inside the braces after %1, not closed%2|it is in the block of %1%2", from, depth);
+        say(w, "the block that %1 opened is still open%2|it is inside the braces after %1, not closed%2|it is in the block of %1%2", from, depth);
         return true;
     }
     bool joined = b > 0 && !t->piece[b].spaced && !t->piece[b].first && t->piece[b - 1].kind == WORD;
@@ -1105,6 +1133,7 @@ static bool write_series(Writer *w, const Text *t) {
 static bool write_item(Writer *w, const Text *t) {
     int at = line_start(t, t->last);
     bool here = is_list_mark(t, at), above = !here && is_list_mark(t, t->sentence);
+    for (int i = t->sentence; i < t->last; i++) above = above && !piece_is(t, i, "*/");
     if (t->code || (!here && !above)) return false;
     char from[QUOTE_ROOM];
     quote_pieces(t, here ? at : t->sentence, t->last, 4, from);
@@ -1156,7 +1185,9 @@ static void write_stage(Writer *w, const Text *t) {
     snprintf(count, sizeof count, "%d", words);
     quote_pieces(t, from, t->last, 4, head);
     bool far = t->piece[from].at < w->quoted_from && words > 4;
-    if (t->in_code) {
+    if (t->in_code && t->last < t->n - 1) {
+        say(w, "the line has ended|the last line of code is complete", NULL, NULL);
+    } else if (t->in_code) {
         say(w, far ? "the line, begun %1, goes on|the current line began %1"
                : words < 2 ? "the line has only begun|the line is at its first part" : "the line has %2 parts so far|there are %2 parts on the line so far", head, count);
     } else if (ended && t->spaces + (t->n - 1 > t->last) >= 0) {
@@ -1172,13 +1203,6 @@ static void write_stage(Writer *w, const Text *t) {
 }
 
 /* ------------------------------------------------------------------------------------------------ the last words */
-
-/* The piece before piece i that is no BREAK, or -1. */
-static int previous(const Text *t, int i) {
-    do i--;
-    while (i >= 0 && t->piece[i].kind == BREAK);
-    return i;
-}
 
 /* The piece where the `most` words that end with piece `end` begin; fewer when they are long, or when a clause begins between, and
  * two thirds of them are had. */
@@ -1238,7 +1262,7 @@ typedef enum {
     R_DEFINITE, R_INDEFINITE, R_DEMONSTRATIVE, R_POSSESSIVE, R_HER, R_DETERMINER, R_PREPOSITION, R_OF, R_PARTICLE, R_TO, R_COORDINATOR,
     R_SUBORDINATOR, R_PREP_OR_CONJ, R_RELATIVE, R_THAT, R_SUBJECT, R_OBJECT, R_PRONOUN, R_BE, R_HAVE, R_DO, R_MODAL, R_NOT,
     R_NUMERAL, R_ADVERB, R_ADJECTIVE, R_ADJ_OR_NOUN, R_VERB, R_TAKES, R_IMPERATIVE, R_VERB_S, R_PAST, R_PARTICIPLE, R_ED, R_ING, R_NOUN,
-    R_PLURAL, R_NOUN_OR_VERB, R_DATE, R_NAME, R_ACRONYM, R_INTERJECTION, R_KEYWORD, R_IDENTIFIER, R_RARE, R_LETTERS, R_SCRIPT, R_NUMBER,
+    R_PLURAL, R_NOUN_OR_VERB, R_DATE, R_NAME, R_ACRONYM, R_INTERJECTION, R_KEYWORD, R_IDENTIFIER, R_PART_OF_NAME, R_ADDRESS, R_RARE, R_LETTERS, R_SCRIPT, R_NUMBER, R_CONSTANT,
 } Role;
 
 static const struct {
@@ -1288,9 +1312,12 @@ static const struct {
     [R_INTERJECTION] = {"an interjection", "a comma or an exclamation mark may follow, then the sentence"},
     [R_KEYWORD] = {"a keyword of the language", "what its grammar asks for comes next: a name, an expression or a bracket"},
     [R_IDENTIFIER] = {"an identifier", "an operator, a bracket, a point or a separator may follow|a bracket, an operator, a comma or the line end may come next"},
+    [R_PART_OF_NAME] = {"an identifier up to an underscore", "the rest of the name is likely|more of the name may follow"},
+    [R_ADDRESS] = {"a part of an address", "more of the address or its end may follow|the address may go on, or end here"},
     [R_RARE] = {"a less common word, or the first part of one", "the rest of the word may follow, else a verb, a preposition or a mark"},
     [R_LETTERS] = {"a letter or two, maybe the start of a word", "the rest of the word is likely|more letters of the word may follow"},
     [R_SCRIPT] = {"a letter or word in another script", "more of the same script is likely"},
+    [R_CONSTANT] = {"a number in the code", "an operator, a bracket, a separator or more digits may follow"},
     [R_NUMBER] = {"a number", "a unit, a noun, more digits or a mark may follow"},
 };
 
@@ -1337,6 +1364,17 @@ static Role unknown_role(const Text *t, int i) {
     return is_upper(s[0]) ? R_NAME : R_RARE;
 }
 
+/* Everything written together with the piece, back to white space. */
+static int chunk_start(const Text *t, int i) {
+    while (i > 0 && !t->piece[i].spaced && !t->piece[i].first) i--;
+    return i;
+}
+
+static bool in_address(const Text *t, int i) {
+    int from = t->piece[chunk_start(t, i)].at;
+    return line_has(t->s + from, piece_end(t, i) - from, "://|www.");
+}
+
 static Role word_role(const Text *t, int i, bool in_string) {
     static const struct {
         const char *words;
@@ -1356,6 +1394,9 @@ static Role word_role(const Text *t, int i, bool in_string) {
     };
     const Piece *p = &t->piece[i];
     if (p->script) return R_SCRIPT;
+    if (in_address(t, i)) return R_ADDRESS;
+    if (p->kind == NUMBER) return t->in_code && !in_string ? R_CONSTANT : R_NUMBER;
+    if (t->s[piece_end(t, i) - 1] == '_' && i == t->n - 1 && !t->spaces) return R_PART_OF_NAME;
     if (t->in_code && !in_string) {
         bool part = !p->spaced && !p->first;
         return !part && piece_in(t, i, keywords) ? R_KEYWORD : R_IDENTIFIER;
@@ -1454,12 +1495,6 @@ static void mark_role(const Text *t, int i, bool in_string, const char **name, c
     }
 }
 
-/* Everything written together with the piece, back to white space. */
-static int chunk_start(const Text *t, int i) {
-    while (i > 0 && !t->piece[i].spaced && !t->piece[i].first) i--;
-    return i;
-}
-
 static void write_break(Writer *w, const Text *t) {
     const Piece *p = &t->piece[t->n - 1];
     char before[QUOTE_ROOM], indent[64] = "";
@@ -1489,7 +1524,7 @@ static void write_last(Writer *w, const Text *t) {
     if (p->kind == MARK) {
         mark_role(t, t->last, o.quote >= 0, &name, &next);
     } else {
-        Role role = p->kind == NUMBER ? R_NUMBER : word_role(t, t->last, o.quote >= 0);
+        Role role = word_role(t, t->last, o.quote >= 0);
         name = roles[role].name;
         next = roles[role].next;
     }

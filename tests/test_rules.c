@@ -29,32 +29,40 @@ static const char python[] =
     "self.count += len(data)\n        return self.decode(";
 static const char c_code[] =
     "#include <stdio.h>\n#include <stdlib.h>\n\nstruct node {\n    int value;\n    struct node *next;\n};\n\nstatic struct node "
-    "*push(struct node *head, int value) {\n    struct node *node = malloc(sizeof *node);\n    if (!node) {\n        perror(\"push\");\n"
-    "        exit(1);\n    }\n    node->value = value;\n    node->next = head;\n    return node;\n}\n\nint main(void) {\n    struct node "
+    "*push(struct node *head, int value) {\n    struct node *node = malloc(sizeof *node);\n    if (!node) {\n        "
+    "perror(\"push\");\n"
+    "        exit(1);\n    }\n    node->value = value;\n    node->next = head;\n    return node;\n}\n\nint main(void) {\n    "
+    "struct node "
     "*list = NULL;\n    for (int i = 0; i < 10; i++) list = push(list,";
 static const char manual[] =
-    "NAME\n       sift - filter lines of a file\n\nSYNOPSIS\n       sift [OPTION]... PATTERN [FILE]...\n\nOPTIONS\n       -i, --ignore-case\n"
-    "              Ignore the difference of upper and lower case.\n\n       -n, --line-number\n              Print the number of the line "
+    "NAME\n       sift - filter lines of a file\n\nSYNOPSIS\n       sift [OPTION]... PATTERN [FILE]...\n\nOPTIONS\n       -i, "
+    "--ignore-case\n"
+    "              Ignore the difference of upper and lower case.\n\n       -n, --line-number\n              Print the number of "
+    "the line "
     "before each line of output.\n\n       -v, --invert\n              Print the lines that do not match the";
-static const char story[] =
-    "\"Who goes there?\" cried the knight. The elves lowered their bows when they saw the banner of the king. Konrad stepped out of the "
-    "forest, his sword still wet with the blood of orcs. \"We have little time,\" he said. \"The undead will be at the river before "
-    "dawn, and I cannot hold the bridge with";
+static const char story[] = "\"Who goes there?\" cried the knight. The elves lowered their bows when they saw the banner of the "
+                            "king. Konrad stepped out of the "
+                            "forest, his sword still wet with the blood of orcs. \"We have little time,\" he said. \"The undead "
+                            "will be at the river before "
+                            "dawn, and I cannot hold the bridge with";
 static const char dictionary[] =
-    "Lurch \\Lurch\\, n. A sudden roll of a ship to one side.\n   [1913 Webster]\n\nLure \\Lure\\, n. [OF. loire, from MHG. luoder bait.]\n"
-    "   1. A contrivance somewhat resembling a bird, and often baited\n      with raw meat; -- used by falconers in recalling hawks.\n"
+    "Lurch \\Lurch\\, n. A sudden roll of a ship to one side.\n   [1913 Webster]\n\nLure \\Lure\\, n. [OF. loire, from MHG. "
+    "luoder bait.]\n"
+    "   1. A contrivance somewhat resembling a bird, and often baited\n      with raw meat; -- used by falconers in recalling "
+    "hawks.\n"
     "      --Shak.\n      [1913 Webster]\n\n   2. Any enticement; that which invites by the prospect of";
-static const char russian[] =
-    "\u042d\u0442\u043e \u043e\u0447\u0435\u043d\u044c \u043a\u043e\u0440\u043e\u0442\u043a\u0438\u0439 \u0442\u0435\u043a\u0441\u0442 "
-    "\u043d\u0430 \u0440\u0443\u0441\u0441\u043a\u043e\u043c \u044f\u0437\u044b\u043a\u0435";
+static const char russian[] = "\u042d\u0442\u043e \u043e\u0447\u0435\u043d\u044c "
+                              "\u043a\u043e\u0440\u043e\u0442\u043a\u0438\u0439 \u0442\u0435\u043a\u0441\u0442 "
+                              "\u043d\u0430 \u0440\u0443\u0441\u0441\u043a\u043e\u043c \u044f\u0437\u044b\u043a\u0435";
 static const char chinese[] = "\u5806\u6808\u6ea2\u51fa\u5904\u7406\u7a0b\u5e8f\u5fc5\u987b\u5c0f\u5fc3";
 static const char german[] =
-    "Der Mensch ist frei geboren, und doch liegt er in Ketten. Wer sich f\u00fcr den Herrn der anderen h\u00e4lt, ist von ihnen nicht "
+    "Der Mensch ist frei geboren, und doch liegt er in Ketten. Wer sich f\u00fcr den Herrn der anderen h\u00e4lt, ist von ihnen "
+    "nicht "
     "weniger abh\u00e4ngig als sie von ihm. Wie das gekommen ist, wird nicht gefragt, auch wenn die Frage";
-static const char table[] =
-    "Name      Size    Used\nroot      20G     12G\nhome      400G    120G\nswap      8G      0\ntmp       4G      1G\nvar       40G     ";
-static const char *const varied[] = {anarchism, kernel,  python,  c_code, manual, story, dictionary,
-                                     russian,   chinese, german,  table};
+static const char table[] = "Name      Size    Used\nroot      20G     12G\nhome      400G    120G\nswap      8G      0\ntmp     "
+                            "  4G      1G\nvar       40G     ";
+static const char *const varied[] = {anarchism,  kernel,  python,  c_code, manual, story,
+                                     dictionary, russian, chinese, german, table};
 enum { VARIED = sizeof varied / sizeof *varied };
 
 static char *explain(const char *text, uint64_t key) {
@@ -94,7 +102,8 @@ static char *cleaned(const char *text, size_t len) {
         at += (size_t)used;
     }
     for (size_t i = 0; i < n; i++) {
-        bool open = n - i >= 13 && !memcmp(raw + i, "<explanation>", 13), close = n - i >= 14 && !memcmp(raw + i, "</explanation>", 14);
+        bool open = n - i >= 13 && !memcmp(raw + i, "<explanation>", 13),
+             close = n - i >= 14 && !memcmp(raw + i, "</explanation>", 14);
         if (open || close) raw[i] = '(', raw[i + (close ? 13 : 12)] = ')';
         bool space = strchr(" \n", raw[i]) && raw[i];
         if (!space || (m && out[m - 1] != ' ')) out[m++] = space ? ' ' : raw[i];
@@ -273,7 +282,9 @@ Test(rules, a_text_longer_than_the_window_is_read_from_its_end) {
     free(text);
 }
 
-static int by_text(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 /* Of the sentences of 220 explanations, few stand more than once. */
 Test(rules, sentences_vary) {
@@ -317,7 +328,7 @@ static void expect_said(const char *text, const char *words) {
 
 Test(rules, names_the_subject_and_the_form) {
     expect_said(anarchism, "anarchist|political");
-    expect_said(kernel, "Linux kernel|kernel programming|operating-system");
+    expect_said(kernel, "the kernel|kernel programming|operating-system");
     expect_said(python, "Python code|Python source|program text in Python");
     expect_said(c_code, "C source|C code|text in C");
     expect_said(manual, "manual page|manual-page|reference of options");
@@ -353,7 +364,8 @@ Test(rules, recognises_what_is_open) {
         {"One sentence has come to its end here.", "ended|complete"},
         {"You have to call the function `open_file", "backtick"},
     };
-    for (size_t i = 0; i < sizeof table_of_cases / sizeof *table_of_cases; i++) expect_said(table_of_cases[i][0], table_of_cases[i][1]);
+    for (size_t i = 0; i < sizeof table_of_cases / sizeof *table_of_cases; i++)
+        expect_said(table_of_cases[i][0], table_of_cases[i][1]);
     expect_said(python, "\"self.decode(\"|\"def read(self, size=-1):\"");
     expect_said(c_code, "push(list,");
     expect_said(kernel, "parenthesis");
@@ -368,8 +380,8 @@ Test(rules, closed_constructions_are_not_called_open) {
     for (size_t i = 0; i < 2; i++) {
         for (uint64_t key = 0; key < 20; key++) {
             char *out = explain(texts[i], key);
-            cr_expect(!strstr(out, "not closed") && !strstr(out, "still open") && !strstr(out, "lacks") && !strstr(out, "calls for") &&
-                          !strstr(out, "inside"),
+            cr_expect(!strstr(out, "not closed") && !strstr(out, "still open") && !strstr(out, "lacks") &&
+                          !strstr(out, "calls for") && !strstr(out, "inside"),
                       "%s\n%s", texts[i], out);
             free(out);
         }
