@@ -102,6 +102,7 @@ static const struct {
     {"ist", P_NOUN},      {"ance", P_NOUN},  {"ence", P_NOUN}, {"ship", P_NOUN},   {"ology", P_NOUN},  {"tions", P_PLURAL},
     {"ments", P_PLURAL},  {"isms", P_PLURAL}, {"ists", P_PLURAL}, {"ities", P_PLURAL}, {"ly", P_ADV},  {"ous", P_ADJ},
     {"ful", P_ADJ},       {"less", P_ADJ},   {"able", P_ADJ},  {"ible", P_ADJ},    {"ical", P_ADJ},    {"ive", P_ADJ},
+    {"ial", P_ADJ},       {"ual", P_ADJ},    {"onal", P_ADJ},  {"ary", P_ADJ},    {"ize", P_VERB},   {"ify", P_VERB},
     {"ish", P_ADJ},       {"ed", P_ED},      {"ing", P_ING},   {"'s", P_POSS},
 };
 
@@ -129,11 +130,13 @@ static Entry look_up(const char *word, int len) {
     const Entry *e = lexicon_find(word, len);
     if (e) all = *e;
     if (len > LONGEST || (all.pos & ~(unsigned)(P_DULL | P_COMMON | P_CODE | P_NAME))) return all;
+    bool based = false;
     for (int i = 0; i < COUNT(inflections); i++) {
         const Entry *base = base_of(word, len, i);
         if (!base) continue;
         if ((all.pos & (P_S | P_PLURAL)) && inflections[i].needs == 0) continue;
-        all.word = all.word ? all.word : base->word;
+        if (!based) all.word = base->word, all.len = base->len;
+        based = true;
         all.pos |= inflections[i].makes | (base->pos & (P_DULL | P_COMMON | P_TAKES));
         all.domains |= base->domains;
     }
@@ -170,6 +173,7 @@ typedef struct {
     int spaces;    /* columns of white space at the very end, after the last piece */
     int last;      /* the last piece that is no BREAK; -1: there is none */
     bool code;     /* most lines are code */
+    bool examples; /* some are */
     bool in_code;  /* the last line is */
     bool comment;  /* the end stands in a comment of the code */
     int sentence;  /* the piece that opens the current sentence, or in code the current line */
@@ -255,9 +259,11 @@ static int word_length(const Text *t, int at, bool *script) {
         }
         bool joins = letter || is_digit(t->s[end]);
         if (!joins && end > at && end + 1 < t->len) {
-            bool apostrophe = t->s[end] == '\'' && (is_lower(t->s[end - 1]) || is_upper(t->s[end - 1]));
+            int curly = !strncmp(t->s + end, "\u2019", 3) ? 2 : 0;
+            bool apostrophe = (t->s[end] == '\'' || curly) && (is_lower(t->s[end - 1]) || is_upper(t->s[end - 1]));
             bool point = number && (t->s[end] == '.' || t->s[end] == ',');
-            joins = (apostrophe && (is_lower(t->s[end + 1]) || is_upper(t->s[end + 1]))) || (point && is_digit(t->s[end + 1]));
+            char next = t->s[end + 1 + (apostrophe ? curly : 0)];
+            joins = (apostrophe && (is_lower(next) || is_upper(next))) || (point && is_digit(next));
         }
         if (!joins) break;
         *script |= other;
@@ -286,9 +292,14 @@ static int mark_length(const Text *t, int at) {
 static uint64_t lower_hash(const char *s, int len, Entry *known) {
     char lower[64];
     if (len > COUNT(lower)) return XXH3_64bits(s, (size_t)len);
-    for (int i = 0; i < len; i++) lower[i] = is_upper(s[i]) ? (char)(s[i] + 32) : s[i];
-    *known = look_up(lower, len);
-    return XXH3_64bits(lower, (size_t)len);
+    int n = 0;
+    for (int i = 0; i < len; i++) {
+        bool curly = i + 2 < len && !memcmp(s + i, "\u2019", 3);
+        lower[n++] = curly ? '\'' : is_upper(s[i]) ? (char)(s[i] + 32) : s[i];
+        i += curly ? 2 : 0;
+    }
+    *known = look_up(lower, n);
+    return XXH3_64bits(lower, (size_t)n);
 }
 
 static int columns(const char *s, int from, int to) {
@@ -467,7 +478,7 @@ static bool line_starts(const char *line, int len, const char *words) {
 static bool line_has(const char *line, int len, const char *words) {
     for (const char *w = words; *w;) {
         size_t n = strcspn(w, "|");
-        if (memmem(line, (size_t)len, w, n)) return true;
+        if (n && memmem(line, (size_t)len, w, n)) return true;
         w += n + (w[n] == '|');
     }
     return false;
@@ -478,8 +489,8 @@ static int line_is_code(const char *s, int len) {
     while (len && is_space(*s)) s++, len--;
     while (len && is_space(s[len - 1])) len--;
     if (!len) return -1;
-    if (line_starts(s, len, "//|/*|* |*/")) return -1;
-    if (line_starts(s, len, "#include|#define|#if|#endif|#else|#!/|>>> |def |elif |my $|my @|my (|static |extern |typedef |struct "
+    if (line_starts(s, len, "//|/*|* |*/|** ")) return -1;
+    if (line_starts(s, len, "int |char |bool |const |#include|#define|#if|#endif|#else|#!/|>>> |def |elif |my $|my @|my (|static |extern |typedef |struct "
                             "|const char|unsigned |@@|$ |INSERT INTO|CREATE TABLE|SELECT |ALTER TABLE|sudo |printf(|} else|except "
                             "|try:|else:|=cut|self.|return (|return;|use strict|git |import sys|import os"))
         return 1;
@@ -490,37 +501,40 @@ static int line_is_code(const char *s, int len) {
         gaps += s[i] == ' ';
     }
     bool call = line_has(s, len, "(") && line_has(s, len, "()|(\"|('|(self|);|):|(&|(*|($");
-    bool strong = line_has(s, len, " = |==|!=|->|::|+=|&&|||| => |$(|);|};|\\n\"") || call;
+    bool strong = line_has(s, len, " = |==|!=|->|::|+=|&&| => |$(|);|};|\\n\"") || call;
     bool end = strchr(";{}\\", s[len - 1]) || line_has(s + len - 1, 1, ",") ? symbols > 1 : false;
     if (strchr("{}", s[len - 1]) && len < 4) return 1;
-    if (s[len - 1] == ';' && (symbols > 2 || gaps < 4)) return 1;
+    if (s[len - 1] == ';' && (symbols > 2 || (gaps < 1 && len > 3))) return 1;
     if (line_starts(s, len, "if |for |while |return |class |import |from |with |for(|if(|while(|raise |assert ") &&
         (s[len - 1] == ':' || s[len - 1] == '{' || symbols > 2))
         return 1;
+    if (line_starts(s, len, "return |raise |break|continue|pass|yield ") && gaps < 4 && s[len - 1] != '.') return 1;
     int weight = symbols * 100 / (letters + symbols + 1);
-    return (strong && weight > 6 && gaps < 14) || (end && weight > 10 && gaps < 12) || weight > 22;
+    return (strong && weight > 6 && gaps < 14) || (end && weight > 10 && gaps < 12) || (weight > 22 && letters > 7);
 }
 
 /* Sets code, in_code and comment from the lines. The last line counts by itself only when there is enough of it. */
 static void judge_lines(Text *t) {
     int code = 0, words = 0, recent = 0;
-    bool block = false;
+    bool block = false, wordy = false;
     for (int at = 0; at < t->len;) {
         const char *s = t->s + at, *newline = memchr(s, '\n', (size_t)(t->len - at));
         int len = newline ? (int)(newline - s) : t->len - at;
-        int is = line_is_code(s, len);
+        int is = line_is_code(s, len), gaps = 0;
+        for (int i = 1; i < len; i++) gaps += s[i] == ' ' && s[i - 1] != ' ';
         bool cut = at == 0 && !t->whole;
         if (!cut) code += is > 0, words += is == 0;
         if (is >= 0 && !cut) recent = ((recent << 1) | is) & 7;
         const char *open = memmem(s, (size_t)len, "/*", 2), *close = memmem(s, (size_t)len, "*/", 2);
         if (open || close) block = open && (!close || close < open);
         t->in_code = is > 0;
+        wordy = is == 0 && gaps > 6;
         t->comment = block || (is < 0 && line_has(s, len, "//")) || line_has(s, len, " # | // ") || line_starts(s, len, "# |// ");
         at += len + 1;
     }
     t->code = code > words;
-    bool around = recent == 7 || recent == 6 || recent == 5 || recent == 3;
-    t->in_code = t->in_code || (t->code && around);
+    t->examples = !t->code && code > 2 && code * 6 > words;
+    t->in_code = t->in_code || (t->code && recent && !wordy);
     t->comment = t->comment && t->code;
     if (t->comment) t->in_code = false;
 }
@@ -528,8 +542,9 @@ static void judge_lines(Text *t) {
 static const struct {
     const char *language, *cues;
 } languages[] = {
-    {"C", "#include|#define|#ifdef|#endif|->|/* | */|struct |int |char |void |static |size_t|const |;\n"},
-    {"Python", "def |self|import |elif |None|True|False|>>>|:\n|\"\"\"|__|except |.. |print(|lambda |raise "},
+    {"C", "#include|#define|#ifdef|#endif|->|/* | */|struct |int |char |void |static |size_t|const |;\n|);\n|{\n|}\n|NULL|#if "},
+    {"C++", "std::|template|typename|namespace |operator|_M_|::|nullptr|class |const |;\n|);\n|{\n|}\n|&|<<|#include|public:|void "},
+    {"Python", "def |self.|import |elif |None|True|False|>>>|:\n|\"\"\"|__init__|except |print(|lambda |raise |return |[|'"},
     {"Perl", "my $|=head|=item|@_|$_|qw(|=~|sub |use strict|->{|=cut|L<|C<|print \"|=over|foreach |@{"},
     {"shell", "#!/bin|$ |fi\n|done\n|echo |sudo |apt|grep |export |esac|${|$1|||  ||# |git |--|cat |cp |mount "},
     {"SQL", "SELECT |FROM |WHERE |INSERT |CREATE |TABLE |VALUES|INTEGER|text|ALTER |UPDATE |JOIN |NULL|;\n"},
@@ -557,29 +572,42 @@ static const char *language_of(const Text *t) {
 
 /* ------------------------------------------------------------------------------------------------ subject, form, register */
 
-/* The two subjects whose words weigh most: score[0], score[1] in tenths of a word. A word of k subjects counts 1/k for each,
- * three times at most. */
+static bool may_name(const Text *t, int domain) {
+    bool may = !domains[domain].needs;
+    for (int i = 0; i < t->n && !may; i++) {
+        may = (t->piece[i].known.domains >> domain & 1) && piece_in(t, i, domains[domain].needs);
+    }
+    return may;
+}
+
+/* The two subjects whose words weigh most. A word of k subjects counts 1/k for each, three times at most; a subject needs three
+ * different words. */
 static void find_subjects(const Text *t, int subject[2], double score[2]) {
     double sum[COUNT(domains)] = {0};
+    int kinds[COUNT(domains)] = {0};
     unsigned char times[COUNT(lexicon)] = {0};
     for (int i = 0; i < t->n; i++) {
         uint64_t set = t->piece[i].known.domains;
-        if (!set || times[t->piece[i].hash % COUNT(lexicon)]++ > 2) continue;
+        int before = set ? times[t->piece[i].hash % COUNT(lexicon)]++ : 3;
+        if (before > 2) continue;
         double weight = 1.0 / __builtin_popcountll(set) * (t->piece[i].known.pos & (P_DULL | P_COMMON) ? 0.5 : 1);
-        for (uint64_t left = set; left; left &= left - 1) sum[__builtin_ctzll(left)] += weight;
+        for (uint64_t left = set; left; left &= left - 1) {
+            sum[__builtin_ctzll(left)] += weight;
+            kinds[__builtin_ctzll(left)] += before == 0;
+        }
     }
     for (int k = 0; k < 2; k++) {
         subject[k] = -1;
         score[k] = 0;
         for (int d = 0; d < COUNT(domains); d++) {
-            if (sum[d] > score[k] && (k == 0 || d != subject[0])) subject[k] = d, score[k] = sum[d];
+            if (sum[d] > score[k] && kinds[d] > 2 && may_name(t, d) && (k == 0 || d != subject[0])) subject[k] = d, score[k] = sum[d];
         }
     }
 }
 
 /* How many lines there are, and of which shapes. */
 typedef struct {
-    int all, option, bullet, field, attribution, directive, pod, term, dialogue, table;
+    int all, option, bullet, field, attribution, directive, pod, term, manual, dialogue, table;
 } Lines;
 
 static int leading(const char *s, int len) {
@@ -611,8 +639,12 @@ static Lines count_lines(const Text *t) {
         l.directive += line_starts(s, len, ".. ") || line_has(s, len, ":meth:`|:func:`|:class:`|:mod:`|:ref:`|:c:");
         l.pod += line_starts(s, len, "=head|=item|=over|=back") || line_has(s, len, "C<|L<|F<|B<");
         l.term += line_has(s, len, "[1913 Webster]|[WordNet|[PJC]|Syn: |, n. |, a. |, v. t. |, n.:|, adj.|<programming|<hardware"
-                                   "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. ");
+                                   "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. |), n.|), a.|), v. |, adv. |(Zool.)|(Bot.)|(Med.)|"
+                                   "[imp. & p. p.|n. pl.|[Obs.]|, n. [|, a. [|(Naut.)|(Chem.)|(Anat.)|> A |> An |> The |> [") ||
+                  line_starts(s, len, ":");
         l.dialogue += (line_has(s, len, "!|?|...") && line_has(s, len, "you|You|I |my |we |We |us ")) || s[0] == '"';
+        l.manual += skip == 0 && len < 14 &&
+                    line_starts(s, len, "NAME|SYNOPSIS|DESCRIPTION|OPTIONS|EXAMPLES|SEE ALSO|RETURN VALUE|FILES");
         l.table += (line_has(s, len, "\t|   ") && len < 100) || (len > 4 && memchr(s, '|', (size_t)len) != NULL);
     }
     return l;
@@ -620,14 +652,15 @@ static Lines count_lines(const Text *t) {
 
 /* Counts of the words that give a register away. */
 typedef struct {
-    int i, we, you, they, past, present, must, question, words;
+    int i, we, you, they, past, present, must, question, shout, words;
 } Voice;
 
 static Voice hear(const Text *t) {
     Voice v = {.words = t->words};
     for (int i = 0; i < t->n; i++) {
         unsigned pos = pos_of(t, i);
-        if (t->piece[i].kind == MARK) v.question += piece_is(t, i, "?");
+        bool after_word = i > 0 && t->piece[i - 1].kind == WORD && t->piece[i - 1].len > 1 && !t->piece[i].spaced;
+        if (after_word) v.question += piece_is(t, i, "?"), v.shout += piece_is(t, i, "!");
         if (t->piece[i].kind != WORD) continue;
         v.i += piece_is(t, i, "I") || piece_in(t, i, "my me i'm i've mine");
         v.we += piece_in(t, i, "we us our we're ours");
@@ -642,6 +675,8 @@ static Voice hear(const Text *t) {
 
 static const char *form_of(const Text *t, const Lines *l, const Voice *v, const char *language) {
     bool c_like = !strcmp(language, "C"), python = !strcmp(language, "Python");
+    if (l->pod * 12 > l->all && l->pod > 1) return "documentation in POD markup|a POD manual";
+    if (t->code && !strcmp(language, "C++")) return "C++ source code|a piece of C++ code|program text in C++";
     if (t->code && c_like) return "C source code|a piece of C code|program text in C";
     if (t->code && python) return "Python source code|a piece of Python code|program text in Python";
     if (t->code && !strcmp(language, "Perl")) return "Perl source code|a piece of Perl code";
@@ -649,14 +684,16 @@ static const char *form_of(const Text *t, const Lines *l, const Voice *v, const 
     if (t->code && !strcmp(language, "SQL")) return "SQL statements|SQL code and its output";
     if (t->code && !strcmp(language, "markup")) return "markup|text in a markup language";
     if (t->code) return "code or configuration|a listing, code or configuration";
-    if (l->pod * 12 > l->all && l->pod > 1) return "documentation in POD markup|a POD manual";
     if (l->directive * 9 > l->all && l->directive > 1) return "reference documentation in reStructuredText|a reference manual with role markup";
     if (l->term * 14 > l->all && l->term > 1) return "dictionary entries|entries of a dictionary|a glossary or dictionary";
     if (l->option * 9 > l->all && l->option > 1) return "a reference of options|a manual page listing options";
+    if (l->manual) return "a manual page|documentation of the manual-page kind";
     if (l->attribution * 14 > l->all && l->attribution > 1) return "short quotations with their authors|a collection of quotations";
-    if (v->words > 30 && (v->i + v->you + v->we) * 11 > v->words && l->dialogue * 4 > l->all) return "dialogue|spoken lines|people talking";
+    int spoken = v->i + v->you + v->we;
+    if (v->words > 30 && spoken * 18 > v->words && (l->dialogue * 4 > l->all || (v->question + v->shout) * 25 > v->words)) return "dialogue|spoken lines|people talking";
     if (l->table * 2 > l->all && l->all > 4) return "a table or listing|tabular text";
     if (l->bullet * 6 > l->all && l->bullet > 2) return "a list of points|prose broken into list items";
+    if (spoken * 14 > v->words && (v->i + v->we) * 35 > v->words) return "speech or a personal account|someone speaking or writing of themselves";
     if (v->you * 40 > v->words || v->must * 45 > v->words) return "instructions|a guide for the reader|directions";
     if ((v->they + v->i) * 25 > v->words && v->past * 30 > v->words) return "narrative prose|a narrative|an account of events";
     return "explanatory prose|expository prose|plain exposition";
@@ -727,6 +764,7 @@ static void write_subject(Writer *w, const Text *t) {
     }
     say(w, "this reads like |this is |the text is |we are reading |it looks like |", NULL, NULL);
     say(w, form_of(t, &lines, &voice, language_of(t)), NULL, NULL);
+    if (t->examples && lines.term * 14 <= lines.all) say(w, " with lines of code| and code", NULL, NULL);
     if (score[0] > 2.5) {
         bool sure = score[0] > 6 && score[0] > 1.4 * score[1];
         say(w, sure ? " on | about | concerned with " : ", apparently on |, probably about |, it seems on ", NULL, NULL);
@@ -774,12 +812,12 @@ static double topic_weight(const Text *t, int i) {
     return weight;
 }
 
-/* Words of one base are one topic: the plain and the plural. */
+/* Words of one base are one topic. */
 static uint64_t topic_hash(const Text *t, int i) {
     const Piece *p = &t->piece[i];
+    if (p->known.word) return XXH3_64bits(p->known.word, (size_t)p->known.len);
     bool plural = p->len > 3 && t->s[p->at + p->len - 1] == 's' && t->s[p->at + p->len - 2] != 's';
-    Entry ignored;
-    return plural ? lower_hash(t->s + p->at, p->len - 1, &ignored) : p->hash;
+    return plural ? lower_hash(t->s + p->at, p->len - 1, &(Entry){0}) : p->hash;
 }
 
 static int gather_topics(const Text *t, Topic *topic) {
@@ -820,7 +858,7 @@ static int list_topics(const Text *t, Topic *topic, int n, int from, int most, d
         for (int i = 0; i < n; i++) {
             if (topic[i].piece >= from && topic[i].weight > (best < 0 ? 0 : topic[best].weight)) best = i;
         }
-        if (best < 0 || topic[best].weight < least * top) break;
+        if (best < 0 || topic[best].weight < (count < 3 ? 0.4 * least : least) * top) break;
         if (topic[best].weight > top) top = topic[best].weight;
         shown[count++] = topic[best].piece;
         topic[best].weight = 0;
@@ -848,7 +886,7 @@ static void write_topics(Writer *w, const Text *t) {
                "it revolves around %1|the matter in hand is %1", list, NULL);
     }
     end_sentence(w, 0, 1);
-    if (list_topics(t, topic, n, t->last > 25 ? t->last - 25 : 0, 3, 0.3, list, sizeof list) < 1) return;
+    if (list_topics(t, topic, n, t->last > 25 ? t->last - 25 : 0, 3, 0.45, list, sizeof list) < 1) return;
     say(w, "lately also %1|most recently it names %1|the latest to come up: %1|in the last lines, also %1", list, NULL);
     end_sentence(w, 0, 5);
 }
@@ -856,7 +894,10 @@ static void write_topics(Writer *w, const Text *t) {
 /* ------------------------------------------------------------------------------------------------ the last sentence */
 
 static bool is_sentence_end(const Text *t, int i) {
-    if (!piece_in(t, i, ". ! ? ...") || t->piece[i].first) return false;
+    if (!piece_in(t, i, ". ! ? ...") || t->piece[i].first || (i > 0 && t->piece[i - 1].first && t->piece[i - 1].kind == NUMBER)) return false;
+    bool numbered = i > 1 && t->piece[i - 1].kind == NUMBER &&
+                    piece_in(t, i - 2, "table figure section chapter fig example part version no step");
+    if (numbered) return false;
     bool initial = i > 0 && t->piece[i - 1].kind == WORD && t->piece[i - 1].len == 1 && !piece_is(t, i - 1, "I");
     return piece_in(t, i, "! ?") || !(initial || piece_in(t, i - 1, "mr mrs dr st vs eg ie cf etc al vol pp fig no see"));
 }
@@ -882,6 +923,9 @@ static void find_sentence(Text *t) {
     int i = t->last;
     while (i > 0 && (t->piece[i].kind == BREAK || !opens_sentence(t, i))) i--;
     t->sentence = i > 0 ? i : 0;
+    while (t->sentence < t->last && !is_list_mark(t, t->sentence) && piece_in(t, t->sentence, "/* /** * ** # // // --- ; : , ) .")) {
+        t->sentence += 1 + (t->piece[t->sentence + 1].kind == BREAK);
+    }
 }
 
 static int words_between(const Text *t, int from, int to) {
@@ -944,7 +988,7 @@ static Open find_open(const Text *t) {
         bool mark = piece_is(t, i, "\"") || piece_is(t, i, "\"\"\"");
         if (mark && o.quote >= 0) {
             if (t->piece[o.quote].len == p->len) o.quote = -1;
-        } else if (piece_is(t, i, "\u201c") || (mark && (t->code || p->len == 3 || (!closing && (!last || p->spaced || p->first))))) {
+        } else if (piece_is(t, i, "\u201c") || (mark && (t->code || p->len == 3 || (!closing && (p->spaced || p->first || piece_in(t, i - 1, "( [ { --")))))) {
             o.quote = i;
         } else if (piece_is(t, i, "\u201d")) {
             o.quote = -1;
@@ -954,6 +998,13 @@ static Open find_open(const Text *t) {
         if (p->len == 1 && !(t->code && o.quote >= 0)) open_bracket(&o, t, i);
     }
     return o;
+}
+
+/* The piece before piece i that is no BREAK, or -1. */
+static int previous(const Text *t, int i) {
+    do i--;
+    while (i >= 0 && t->piece[i].kind == BREAK);
+    return i;
 }
 
 static int line_start(const Text *t, int i) {
@@ -968,10 +1019,11 @@ static bool write_bracket(Writer *w, const Text *t, const Open *o) {
     char from[QUOTE_ROOM], depth[32] = "";
     int b = o->bracket[o->n - 1];
     bool brace = piece_is(t, b, "{"), round = piece_is(t, b, "(");
-    if (brace && t->code && !t->piece[b].first) {
-        quote_pieces(t, line_start(t, b), b, 9, from);
+    int head = b > 0 && t->piece[b].first ? previous(t, b) : b; /* the brace may stand on a line of its own */
+    if (brace && t->code && head >= 0) {
+        quote_pieces(t, line_start(t, head), head, 9, from);
         if (o->n > 1) snprintf(depth, sizeof depth, ", %d deep", o->n);
-        say(w, "the block that %1 opened is still open%2|inside the braces after %1, not closed%2|it is in the block of %1%2", from, depth);
+        say(w, "the block that %1 opened is still open%2|it is inside the braces after %1, not closed%2|it is in the block of %1%2", from, depth);
         return true;
     }
     bool joined = b > 0 && !t->piece[b].spaced && !t->piece[b].first && t->piece[b - 1].kind == WORD;
@@ -1081,6 +1133,7 @@ static bool write_series(Writer *w, const Text *t) {
 static bool write_item(Writer *w, const Text *t) {
     int at = line_start(t, t->last);
     bool here = is_list_mark(t, at), above = !here && is_list_mark(t, t->sentence);
+    for (int i = t->sentence; i < t->last; i++) above = above && !piece_is(t, i, "*/");
     if (t->code || (!here && !above)) return false;
     char from[QUOTE_ROOM];
     quote_pieces(t, here ? at : t->sentence, t->last, 4, from);
@@ -1097,6 +1150,12 @@ static bool write_heading(Writer *w, const Text *t) {
     char line[QUOTE_ROOM];
     quote_pieces(t, at, t->last, 8, line);
     say(w, "the line %1 stands alone, like a heading|%1 looks like a heading, with its text to come", line, NULL);
+    return true;
+}
+
+static bool write_comment(Writer *w, const Text *t) {
+    if (!t->comment && !(t->in_code && !t->code)) return false;
+    say(w, t->comment ? "it is inside a comment of the code|this is a comment in the code" : "the last line looks like code|the end stands in a line that looks like code", NULL, NULL);
     return true;
 }
 
@@ -1126,27 +1185,24 @@ static void write_stage(Writer *w, const Text *t) {
     snprintf(count, sizeof count, "%d", words);
     quote_pieces(t, from, t->last, 4, head);
     bool far = t->piece[from].at < w->quoted_from && words > 4;
-    if (t->in_code) {
+    if (t->in_code && t->last < t->n - 1) {
+        say(w, "the line has ended|the last line of code is complete", NULL, NULL);
+    } else if (t->in_code) {
         say(w, far ? "the line, begun %1, goes on|the current line began %1"
                : words < 2 ? "the line has only begun|the line is at its first part" : "the line has %2 parts so far|there are %2 parts on the line so far", head, count);
     } else if (ended && t->spaces + (t->n - 1 > t->last) >= 0) {
         say(w, far ? "a sentence of %2 words, begun %1, has just ended|the sentence that began %1 is complete, after %2 words"
-                   : "a sentence of %2 words has just ended|a short sentence, %2 words, is complete", head, count);
+                   : words == 1 ? "a sentence of one word has just ended" : "a sentence of %2 words has just ended|a sentence, %2 words long, is complete", head, count);
     } else if (words < 4) {
-        say(w, words < 2 ? "a new sentence or line has just begun|the sentence is at its first word" : "the sentence or line is only %2 words old|a sentence has just begun, %2 words so far", head, count);
+        say(w, words < 2 ? "a new sentence or line has just begun|the sentence is at its first word" : "the sentence or line is only %2 words old|it has just begun, %2 words so far", head, count);
     } else {
         int verb = has_verb(t, from, t->last);
-        say(w, far ? "the sentence began %1, %2 words back|its sentence, %2 words long so far, opened with %1" : "the sentence is %2 words long so far|%2 words of the sentence stand", head, count);
-        say(w, verb == 1 ? ", and has its verb| and its verb has come" : verb == 0 ? ", and no verb has come yet|, without a verb so far" : "", NULL, NULL);
+        say(w, far ? "the sentence began %1, %2 words back|%2 words back the sentence opened with %1" : "the sentence is %2 words long so far|the sentence has %2 words so far", head, count);
+        say(w, verb == 1 ? "; its verb has come|, its verb included" : verb == 0 ? "; no verb has come yet|, without a verb so far" : "", NULL, NULL);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------ the last words */
-
-static int previous(const Text *t, int i) {
-    for (i--; i > 0 && t->piece[i].kind == BREAK;) i--;
-    return i > 0 ? i : 0;
-}
 
 /* The piece where the `most` words that end with piece `end` begin; fewer when they are long, or when a clause begins between, and
  * two thirds of them are had. */
@@ -1173,16 +1229,17 @@ static void write_open(Writer *w, const Text *t) {
     quote(t, t->piece[from].at, piece_end(t, t->last), true, last);
     say(w, "the last words are %1|it has just said %1|it breaks off after %1|the end reads %1|the text runs up to %1", last, NULL);
     end_sentence(w, 1, 0);
-    if (from > 0) {
+    int end = previous(t, from);
+    if (end >= 0) {
         char before[QUOTE_ROOM];
-        int start = words_back(t, previous(t, from), BEFORE_WORDS);
-        quote(t, t->piece[start].at, piece_end(t, from - 1), true, before);
+        int start = words_back(t, end, BEFORE_WORDS);
+        quote(t, t->piece[start].at, piece_end(t, end), true, before);
         say(w, "before that stood %1|before it came %1|just before: %1|what led up to it: %1", before, NULL);
         end_sentence(w, 1, 3);
         w->quoted_from = t->piece[start].at;
     }
     int written = 0;
-    for (int k = 0; k < 9 && written < 2; k++) {
+    for (int k = 0; k < 10 && written < 2; k++) {
         bool is = k == 0   ? write_quotation(w, t, &o)
                   : k == 1 ? write_bracket(w, t, &o)
                   : k == 2 ? !t->in_code && write_correlative(w, t)
@@ -1191,7 +1248,8 @@ static void write_open(Writer *w, const Text *t) {
                   : k == 5 ? !t->in_code && write_relative(w, t)
                   : k == 6 ? write_heading(w, t)
                   : k == 7 ? write_item(w, t)
-                           : write_block(w, t);
+                  : k == 8 ? write_block(w, t)
+                           : write_comment(w, t);
         if (is) end_sentence(w, 1, written++ ? 4 : 2);
     }
     write_stage(w, t);
@@ -1204,7 +1262,7 @@ typedef enum {
     R_DEFINITE, R_INDEFINITE, R_DEMONSTRATIVE, R_POSSESSIVE, R_HER, R_DETERMINER, R_PREPOSITION, R_OF, R_PARTICLE, R_TO, R_COORDINATOR,
     R_SUBORDINATOR, R_PREP_OR_CONJ, R_RELATIVE, R_THAT, R_SUBJECT, R_OBJECT, R_PRONOUN, R_BE, R_HAVE, R_DO, R_MODAL, R_NOT,
     R_NUMERAL, R_ADVERB, R_ADJECTIVE, R_ADJ_OR_NOUN, R_VERB, R_TAKES, R_IMPERATIVE, R_VERB_S, R_PAST, R_PARTICIPLE, R_ED, R_ING, R_NOUN,
-    R_PLURAL, R_NOUN_OR_VERB, R_DATE, R_NAME, R_ACRONYM, R_INTERJECTION, R_KEYWORD, R_IDENTIFIER, R_RARE, R_SCRIPT, R_NUMBER,
+    R_PLURAL, R_NOUN_OR_VERB, R_DATE, R_NAME, R_ACRONYM, R_INTERJECTION, R_KEYWORD, R_IDENTIFIER, R_PART_OF_NAME, R_ADDRESS, R_RARE, R_LETTERS, R_SCRIPT, R_NUMBER, R_CONSTANT,
 } Role;
 
 static const struct {
@@ -1254,8 +1312,12 @@ static const struct {
     [R_INTERJECTION] = {"an interjection", "a comma or an exclamation mark may follow, then the sentence"},
     [R_KEYWORD] = {"a keyword of the language", "what its grammar asks for comes next: a name, an expression or a bracket"},
     [R_IDENTIFIER] = {"an identifier", "an operator, a bracket, a point or a separator may follow|a bracket, an operator, a comma or the line end may come next"},
+    [R_PART_OF_NAME] = {"an identifier up to an underscore", "the rest of the name is likely|more of the name may follow"},
+    [R_ADDRESS] = {"a part of an address", "more of the address or its end may follow|the address may go on, or end here"},
     [R_RARE] = {"a less common word, or the first part of one", "the rest of the word may follow, else a verb, a preposition or a mark"},
+    [R_LETTERS] = {"a letter or two, maybe the start of a word", "the rest of the word is likely|more letters of the word may follow"},
     [R_SCRIPT] = {"a letter or word in another script", "more of the same script is likely"},
+    [R_CONSTANT] = {"a number in the code", "an operator, a bracket, a separator or more digits may follow"},
     [R_NUMBER] = {"a number", "a unit, a noun, more digits or a mark may follow"},
 };
 
@@ -1298,8 +1360,19 @@ static Role unknown_role(const Text *t, int i) {
     for (int k = 0; k < p->len; k++) upper += is_upper(s[k]), other += is_digit(s[k]) || s[k] == '_' || (k && is_upper(s[k]) && is_lower(s[k - 1]));
     if (upper > 1 && upper == p->len) return R_ACRONYM;
     if (other) return R_IDENTIFIER;
-    if (is_upper(s[0])) return R_NAME;
-    return R_RARE;
+    if (p->len < 3 && i == t->n - 1 && !t->spaces) return R_LETTERS;
+    return is_upper(s[0]) ? R_NAME : R_RARE;
+}
+
+/* Everything written together with the piece, back to white space. */
+static int chunk_start(const Text *t, int i) {
+    while (i > 0 && !t->piece[i].spaced && !t->piece[i].first) i--;
+    return i;
+}
+
+static bool in_address(const Text *t, int i) {
+    int from = t->piece[chunk_start(t, i)].at;
+    return line_has(t->s + from, piece_end(t, i) - from, "://|www.");
 }
 
 static Role word_role(const Text *t, int i, bool in_string) {
@@ -1321,6 +1394,9 @@ static Role word_role(const Text *t, int i, bool in_string) {
     };
     const Piece *p = &t->piece[i];
     if (p->script) return R_SCRIPT;
+    if (in_address(t, i)) return R_ADDRESS;
+    if (p->kind == NUMBER) return t->in_code && !in_string ? R_CONSTANT : R_NUMBER;
+    if (t->s[piece_end(t, i) - 1] == '_' && i == t->n - 1 && !t->spaces) return R_PART_OF_NAME;
     if (t->in_code && !in_string) {
         bool part = !p->spaced && !p->first;
         return !part && piece_in(t, i, keywords) ? R_KEYWORD : R_IDENTIFIER;
@@ -1405,7 +1481,7 @@ static void mark_role(const Text *t, int i, bool in_string, const char **name, c
     }
     if (piece_is(t, i, ".") && !code) {
         bool end = is_sentence_end(t, i);
-        *name = end ? "the full stop that ends a sentence" : "a full stop, perhaps of an abbreviation or initial";
+        *name = end ? "the full stop that ends a sentence" : "a full stop, perhaps of an abbreviation, initial or number";
         if (!end) *next = "the sentence may go on, or a new one begins";
     }
     if (piece_is(t, i, "\"")) {
@@ -1417,12 +1493,6 @@ static void mark_role(const Text *t, int i, bool in_string, const char **name, c
         *name = "a row of marks, like a rule or an underline";
         *next = "the line ends, or the text under the rule begins";
     }
-}
-
-/* Everything written together with the piece, back to white space. */
-static int chunk_start(const Text *t, int i) {
-    while (i > 0 && !t->piece[i].spaced && !t->piece[i].first) i--;
-    return i;
 }
 
 static void write_break(Writer *w, const Text *t) {
@@ -1454,7 +1524,7 @@ static void write_last(Writer *w, const Text *t) {
     if (p->kind == MARK) {
         mark_role(t, t->last, o.quote >= 0, &name, &next);
     } else {
-        Role role = p->kind == NUMBER ? R_NUMBER : word_role(t, t->last, o.quote >= 0);
+        Role role = word_role(t, t->last, o.quote >= 0);
         name = roles[role].name;
         next = roles[role].next;
     }
@@ -1510,7 +1580,7 @@ static void write_history(Writer *w, const Text *t) {
     snprintf(count, sizeof count, "%d", times);
     if (best >= 0 && (most > 1 || content)) {
         int from = best - (most > 5 ? 4 : most - 1);
-        while (from < best && (t->piece[from].kind == MARK && !t->piece[from].spaced)) from++;
+        while (from + 1 < best && (t->piece[from].kind == MARK && !t->piece[from].spaced)) from++;
         quote_pieces(t, from, best, 5, same);
         quote_pieces(t, best + 1, t->last, 4, after);
         if (most > 1) {

@@ -42,8 +42,8 @@ static const struct {
     const char *words;
 } word_classes[] = {
     {P_DET,
-        "all another any both certain each either enough every few half less many more most much neither no several some such "
-        "these this those various whatever"},
+        "a all an another any both certain each either enough every few half less many more most much neither no several some "
+        "such the these this those various whatever"},
     {P_POSS,
         "her his its my our their whose your"},
     {P_PREP,
@@ -318,182 +318,182 @@ static const struct {
         "variables version versions view ways whether wide works writing written wrong zero"},
 };
 
-/* Subjects: names to choose from, and words that speak for them. */
+/* Subjects: names to choose from, words that speak for them, and words of which one must be there to say the name (NULL: none). */
 static const struct {
-    const char *name, *words;
+    const char *name, *needs, *words;
 } domains[] = {
-    {"political theory and argument|anarchist and socialist politics|political and social theory",
+    {"political theory and argument|anarchist or socialist politics|political and social theory", NULL,
         "anarchism anarchist anarchists anarchy bakunin bookchin bourgeois bourgeoisie capitalism capitalist capitalists "
         "chomsky collective communism communist domination emancipation equality exploitation expropriation goldman "
         "hierarchical hierarchy individualist kropotkin labour libertarian libertarians liberty malatesta marx marxist "
         "marxists masses mutual oppression proletarian proletariat property proudhon revolution revolutionary rothbard ruling "
         "self-management social socialism socialist socialists solidarity state statist stirner strike strikes struggle "
         "syndicalism syndicalist tucker union unions wage wages worker's workers"},
-    {"revolutionary history|the history of revolution and war|political history",
+    {"revolutionary history|the history of revolution and war|political history", NULL,
         "army barcelona bolshevik bolsheviks bolshevism catalonia cheka civil cnt commune congress dictatorship fai fascism "
         "fascist fascists franco insurrection kerensky kronstadt lenin makhno makhnovists mensheviks militia militias moscow "
         "october paris petrograd regime repression russia russian soviet soviets spain spanish stalin troops trotsky tsar "
         "uprising"},
-    {"economics and markets|economic argument|economics",
+    {"economics and markets|economic argument|economics", NULL,
         "austrian bank banks capital competition consumers credit currency demand economic economics economy firm firms goods "
         "growth hayek income industry inflation interest investment keynes keynesian labour market markets mises monetary "
         "money monopoly neo-classical price prices production profit profits rent supply tax taxes trade unemployment utility "
         "wages"},
-    {"constitutional or legal text|state papers and law|law and government",
+    {"constitutional or legal text|state papers and law|law and government", NULL,
         "amendment article citizens clause congress constitution council court courts declaration elected elections federal "
         "government hereby herein impeachment independence jurisdiction justice law laws legal legislature minister office "
         "officers parliament powers president pursuant ratified representatives rights senate senators shall states territory "
         "thereof treason treaty united vote"},
-    {"Python and its library|the Python language|Python programming",
+    {"Python and its library|the Python language|Python programming", "python py import self def",
         "__init__ add_argument argparse args argumentparser asyncio attributeerror bytearray bytes class coroutine coroutines "
         "cpython decorator def dict docstring doctest elif exc false func generator getattr import importerror init__ "
         "interpreter isinstance iterable iterator itertools keyerror kwargs lambda metaclass meth mod namespace none "
         "parse_args pathlib pep pickle pip pyobject python self stdlib subclass traceback true tuple tuples typeerror "
         "unittest urllib valueerror venv versionadded versionchanged"},
-    {"Perl and its library|the Perl language|Perl programming",
+    {"Perl and its library|the Perl language|Perl programming", "perl perl's cpan perldoc",
         "arrayref autoload backslash backtracking bless carp chomp cpan croak ebcdic exodist filehandle filehandles hash "
         "hashref interpolation lexical local makemaker moose my perl perl's perldelta perldoc perlfunc perlre pragma regex "
         "regexp regexps scalar scalars sigil stdin strict sub subroutine subroutines sv tainted typeglob utf8 wantarray "
         "warnings xs"},
-    {"databases and SQL|the PostgreSQL database|relational databases",
+    {"databases and SQL|SQL and its databases|relational databases", NULL,
         "aggregate column columns commit constraint constraints database databases foreign index indexes insert join jsonb "
         "oid operator pg_catalog pgsql planner plpgsql postgres postgresql primary privilege privileges psql publication "
         "queries query relation replication rollback row rows schema schemas select sql sqlite sqlstate standby subquery "
         "subscriber table tables tablespace transaction transactions trigger triggers tuple vacuum wal"},
-    {"Git and version control|version control with Git|the Git tools",
+    {"Git and version control|version control with Git|the Git tools", "git",
         "bisect blob branch branches checkout cherry-pick clone commit commits cvs diff fetch git git_dir head hooks hunk "
         "index linkgit merge merges origin pack packfile packfiles patch patches pull push rebase ref reflog refs refspec "
         "remote remotes repositories repository revision sha1 stash submodule submodules svn tag tags tree upstream worktree"},
-    {"command-line tools and their options|commands of the shell|command usage",
+    {"command-line tools and their options|commands of the shell|command usage", NULL,
         "argument arguments awk bash cat command commands cron daemon echo environment exit filename flag flags getopt grep "
         "help invoke invoked manpage option options pipe posix print prints prompt quiet script scripts sed shell stderr "
         "stdin stdout synopsis tar terminal usage verbose wildcard"},
-    {"the Linux kernel and its drivers|operating-system internals|kernel programming",
+    {"the kernel and its drivers|operating-system internals|kernel programming", NULL,
         "bindings boot bpf bus bytes cgroup cgroups clock clocks controller cpu cpus debugfs dentry device devices devicetree "
         "dma driver drivers ebpf filesystem filesystems firmware ftrace gpio hist hotplug hypervisor i2c inode inodes "
         "interrupt interrupts ioctl irq kernel kvm lock locking locks memory mmap mutex netdev node nodes numa offset page "
         "pages pci phandle procfs rcu register registers scheduler selftests spdx spi spinlock struct syscall syscalls sysfs "
         "tracepoint tracing usb userspace workqueue"},
-    {"C programming|the C language|a C program or library",
+    {"C programming|the C language|a C program or library", "void int char struct malloc printf gcc glibc",
         "arrlen buffer char compiler const define double endif enum errno extern float fprintf free gcc glibc header headers "
         "ifdef ifndef include inline int int64_t linker macro macros malloc memcpy null pointer pointers printf return size_t "
         "sizeof static strlen struct typedef uint32_t uint64_t uint8_t union unsigned void"},
-    {"networking|computer networks|network configuration",
+    {"networking|computer networks|network configuration", NULL,
         "address addresses arpanet bandwidth client clients dhcp dns ethernet firewall ftp gateway host hosts http interface "
         "internet ip ipv4 ipv6 lan link netmask network networking networks packet packets port ports protocol protocols "
         "proxy router routes routing server servers socket sockets ssh ssl subnet tcp tls tunnel udp vpn wifi wireless"},
-    {"system administration|running a Debian system|administering servers",
+    {"system administration|packages and services of a system|administering servers", NULL,
         "administrator administrators apache apt apt-get backup backups conf config configuration cron daemon deb debian "
         "dependencies distribution dpkg install installed installing ldap login logs mail mirror nfs package packages "
         "password passwords permissions postfix release releases repositories repository root samba server service services "
         "sudo systemd ubuntu upgrade user users"},
-    {"installing an operating system|installation of Debian|system installation",
+    {"installing an operating system|installation and booting|system installation", NULL,
         "bios bookworm boot booting bootloader cd console debian debian-installer dhcp disk disks download dvd encrypted "
         "filesystem firmware grub hardware install installation installer installing iso kernel keyboard lvm machine media "
         "medium mirror partition partitioning partitions preseed preseeding raid stick swap uefi usb"},
-    {"graphics and image editing|image editing with GIMP|digital images",
+    {"graphics and image editing|image editing|digital images", NULL,
         "alpha background blur brush brushes canvas channel channels click clicking color colors colour colours crop dialog "
         "dockable drawable filter filters foreground gimp gradient gradients grayscale hsv icon image images jpeg layer "
         "layers menu menubar opacity paint palette pencil pixel pixels png preview render rgb script-fu selection slider "
         "toolbox transparency transparent undo zoom"},
-    {"computing terms and their history|the vocabulary of computing|computers and their makers",
+    {"computing terms and their history|the vocabulary of computing|computers and their makers", NULL,
         "abbreviation acronym algol algorithm ansi architecture circuit cobol company compiler computer computing dec "
         "developed distributed foldoc fortran functional graphics hardware ibm ieee intel iso jargon language lisp logic "
         "mainframe mainstream microprocessor microsoft mit object-oriented parallel pascal processor processors programming "
         "prolog proprietary software sun transistor unix vax vendor workstation"},
-    {"hacker slang and lore|the jargon of hackers|hacker culture",
+    {"hacker slang and lore|the jargon of hackers|hacker culture", NULL,
         "bar bogus coinage common cruft crufty emacs esr flame foo grep hack hacker hackerdom hackers hackish hacks jargon "
         "joke kludge kluge lossage luser lusers mainstream mit netnews newbie newbies pejorative programmer programmers slang "
         "techspeak unix usenet wizard wizards"},
-    {"the meanings and origins of English words|English words and their senses|lexicography",
+    {"the meanings and origins of English words|English words and their senses|lexicography", NULL,
         "adj adjective adv adverb archaic cf chaucer colloq dryden esp etymology fig formerly fr genus gr icel imp manner "
         "milton ness noun obs pertaining pjc pl plural pref prefix prep pron prov quality resembling see shak spenser state "
         "suffix sw syn verb webster wordnet"},
-    {"plants, animals and the body|natural history|biology and medicine",
+    {"plants, animals and the body|natural history|biology and medicine", NULL,
         "anat animal animals biol bird birds blood body bone bones bot cell cells disease fish flower flowers fruit fungus "
         "genus herb insect insects larva leaf leaves mammal med medicinal medicine muscle nerve organ organs plant plants "
         "root roots seed seeds shell skin species stem tail teeth tissue tree trees wing wings zool"},
-    {"chemistry and physics|the physical sciences",
+    {"chemistry and physics|the physical sciences", NULL,
         "acid acids atom atoms carbon chem chemical compound compounds crystal crystalline electric electricity element "
         "energy force gas heat hydrogen light liquid magnetic mass mechanics metal metals mineral minerals molecule nitrogen "
         "oxide oxygen particle physics pressure quantum radiation salt temperature velocity"},
-    {"jokes, aphorisms and quotations|witty sayings|humour and quotations",
+    {"jokes, aphorisms and quotations|witty sayings|humour and quotations", NULL,
         "ambrose beer bierce computer cynic dave drink drunk einstein fool fools fortune funny genius god groucho husband "
         "joke laugh law laws lawyer lawyers marriage master men mencken murphy's politician quote rule sex shaw tao twain "
         "wife wilde wisdom woman women yow zen zippy"},
-    {"fantasy adventure|a fantasy tale|fantasy war and quests",
+    {"fantasy adventure|a fantasy tale|fantasy war and quests", NULL,
         "army asheviere bandits battle castle cavalry delfador deoran dragon drake drakes dwarf dwarves dwarvish elensefar "
         "elf elves elvish enemies enemy ethiliel fight foul gryphon gryphons kalenz king kingdom knights konrad li'sar lich "
         "lord mage mages magic mebrin merfolk mermen necromancer orc orcish orcs prince princess queen reinforcements "
         "saurians sceptre sir skeleton skeletons soldiers sorcerer spell sword swords throne troll trolls undead warrior "
         "warriors wesnoth westin wizard"},
-    {"astronomy and sky lore|stars and constellations|the night sky",
+    {"astronomy and sky lore|stars and constellations|the night sky", NULL,
         "asterism asterisms astronomer astronomical astronomy celestial comet constellation constellations dipper eclipse "
         "equator galaxies galaxy heaven horizon lunar magnitude mansion mansions meteor milky moon myth mythology myths "
         "nebula orbit orion planet planets pleiades polaris scorpius sirius sky skyculture solar star stars stellarium sun "
         "taurus telescope ursa zenith zodiac"},
-    {"religion and belief|religion|faith and scripture",
+    {"religion and belief|religion|faith and scripture", NULL,
         "allah angel angels apostle bible blessed buddha christ christian christianity christians church devil divine faith "
         "god gods heaven hebrew hell holy islam jesus jewish karma muslim pope pray prayer priest priests religion religious "
         "ritual sacred saint saints scripture sin soul temple theology worship zen"},
-    {"mathematics|mathematical matters|numbers and formulas",
+    {"mathematics|mathematical matters|numbers and formulas", NULL,
         "algebra angle arithmetic cos cosine decimal derivative distribution equation equations exponent float floating-point "
         "fraction function gaussian geometry graph infinity integer integers integral logarithm matrix mean modulo polynomial "
         "precision prime probability product proof radius random rounding sin sine sqrt statistics sum theorem triangle "
         "variance vector vectors vertex"},
-    {"software licensing|copyright and licence terms|licence conditions",
+    {"software licensing|copyright and licence terms|licence conditions", NULL,
         "author authors conditions copies copyleft copyright copyrighted damages derivative disclaimer distribute fitness "
         "freely gfdl gnu gpl granted invariant liability liable licence license licenses merchantability modified notice "
         "permission proprietary purpose redistribute redistribution reserved rights terms warranty works"},
-    {"cloud services|the Google Cloud command line|cloud administration",
+    {"cloud services|services in the cloud|cloud administration", "cloud gcloud aws azure",
         "alpha api aws azure beta billing bucket cloud cluster clusters container containers credentials deployment docker "
         "endpoint flatten gcloud google iam impersonate instance instances json kubernetes project projects quota region "
         "regions resource resources vm yaml zone"},
-    {"literature and poetry|verse and literature",
+    {"literature and poetry|verse and literature", NULL,
         "author ballad comedy doth drama hamlet hath heart homer love lyric muse ne'er novel o'er poem poems poet poetry "
         "poets rhyme shakespeare song sonnet sorrow stanza sweet tale thee thou thy tis tragedy twas verse verses virgil"},
-    {"web pages and markup|markup languages|HTML, XML and the web",
+    {"web pages and markup|markup languages|HTML, XML and the web", NULL,
         "attribute attributes browser browsers cgi css docbook dtd element elements href html http https hyperlink javascript "
         "json link markup namespace sgml site stylesheet tag tags uri url urls web webpage www xhtml xml xslt"},
-    {"security and cryptography|computer security",
+    {"security and cryptography|computer security", NULL,
         "attack attacker attackers authenticate authentication certificate certificates cipher crypto decrypt encrypt "
         "encrypted encryption exploit firewall gpg hash kerberos key keys malware md5 openssl pam password passwords pgp "
         "privileges rsa sandbox security selinux sha256 signature signed ssl tls token tokens trust virus vulnerabilities "
         "vulnerability"},
-    {"testing and debugging|finding faults in programs",
+    {"testing and debugging|finding faults in programs", NULL,
         "assert assertion benchmark breakpoint bug bugs coverage crash crashes debug debugger debugging failure failures fix "
         "fixed fuzzing gdb log profiler profiling regression reproduce sanitizer test testing tests traceback valgrind"},
-    {"mail and news groups|mailing lists and mail",
+    {"mail and news groups|mailing lists and mail", NULL,
         "address attachment discussion email emails gnusenet header headers imap list lists mail mailbox mailing message "
         "messages mime newsgroup newsgroups posting postmaster posts recipient reply sender smtp spam subject subscribe "
         "usenet"},
-    {"dates and time zones|the handling of time",
+    {"dates and time zones|the handling of time", NULL,
         "calendar clock date dates datetime daylight days epoch gmt gregorian hours julian leap minutes month months seconds "
         "strftime time timedelta timestamp timestamps timezone timezones tzinfo utc year years"},
-    {"character sets and Unicode|text encoding",
+    {"character sets and Unicode|text encoding", NULL,
         "alphabet ascii bidi byte bytes character characters charset code-point codepoint decode diacritics encode encoding "
         "encodings font fonts glyph glyphs iso-8859-1 latin-1 locale normalization script scripts unicode utf-16 utf-8 utf8"},
-    {"sound and video|audio and video",
+    {"sound and video|audio and video", NULL,
         "alsa audio bitrate camera channel codec dvb frame frames frequency microphone midi mixer mpeg music ogg pitch "
         "playback sample samples song sound sounds speaker stream tuner v4l2 video volume"},
-    {"countries and places|geography and places",
+    {"countries and places|geography and places", NULL,
         "africa america american asia border capital china cities city coast countries country east empire england europe "
         "france germany india island islands italy japan lake london mountain mountains north ocean population province river "
         "sea south territory town village west"},
-    {"data compression and hashing|compressed data",
+    {"data compression and hashing|compressed data", NULL,
         "adler32 archive archives bitstream bzip2 checksum compress compressed compression crc crc32 decompress deflate "
         "dictionary gzip hash huffman inflate lzma stream window xxh xxhash xz zip zlib"},
-    {"parallel programs|concurrency",
+    {"parallel programs|concurrency", NULL,
         "async atomic await barrier callback concurrency concurrent deadlock event future lock locks loop mpi mutex openmp "
         "parallel process processes queue race scheduler semaphore synchronization task tasks thread threading threads worker"},
-    {"files and directories|the file system",
+    {"files and directories|the file system", NULL,
         "basename chmod copy delete directories directory extension file filename filenames files folder hardlink link mode "
         "mount path paths permissions rename root stat symlink symlinks umask"},
-    {"language models and neural networks|machine learning",
+    {"language models and neural networks|machine learning", NULL,
         "activation activations attention batch checkpoint dataset embedding embeddings gradient gradients inference layer "
         "layers learning logits loss model models neural optimizer tensor tensors token tokenizer tokens training transformer "
         "weights"},
-    {"everyday life|people and their affairs",
+    {"everyday life|people and their affairs", NULL,
         "boy car cat child children daughter dinner doctor dog door family father food friend friends girl happy home house "
         "husband job kitchen love money morning mother night party phone room school son street wife"},
 };
