@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 LEAST_TOKENS, MOST_TOKENS = 100, 600
 SHARED_FILES = 3  # a block met in more files than this is kept only where it came first
-MOST_SHARE = 0.15  # of the corpus, that one package may fill
+MOST_SHARE = 0.10  # of the corpus, that one package may fill
 NEAR_DUPLICATE = 0.4  # of the sampled shingles known already
 
 
@@ -38,7 +38,7 @@ class CorpusError(Exception):
 
 
 class Block(NamedTuple):
-    kind: str  # head, text, item, lines (kept as they are)
+    kind: str  # head, text, item, row (of a table), lines (kept as they are)
     text: str
 
 
@@ -48,7 +48,7 @@ def squeeze(text):
 
 def block(kind, text):
     """A list of the block, or of nothing when its text is empty."""
-    text = "\n".join(line.rstrip() for line in text.expandtabs(4).strip("\n").splitlines()).strip("\n") \
+    text = "\n".join(line.rstrip() for line in text.expandtabs(8).strip("\n").splitlines()).strip("\n") \
         if kind == "lines" else squeeze(text)
     return [Block(kind, text)] if text.strip() else []
 
@@ -62,11 +62,12 @@ class Markup(HTMLParser):
 
     VOID = set("area base br col embed hr img input link meta source track wbr".split())
     SKIP = set("script style nav footer form select button svg math head title_page template iframe noscript info bookinfo "
-               "indexterm remark prolog credit years copyright legalnotice releaseinfo imageobject media".split())
+               "indexterm shortcut remark prolog credit years copyright legalnotice releaseinfo imageobject media".split())
     HEADS = set("h1 h2 h3 h4 h5 h6 title bridgehead".split())
     LINES = set("pre programlisting screen literallayout synopsis".split())
     BREAKS = set("p para simpara div section article body blockquote table tr ul ol dl dt dd li listitem varlistentry term "
                  "main hr sect1 sect2 sect3 note tip warning important caution formalpara steps step item page chapter".split())
+    CELLS = ("td", "th", "entry")
     NOISE = re.compile(r"(?:^|[\s_-])(?:nav\w*|sidebar|sphinxsidebar\w*|related|footer|header(?!link)|headerlink|anchor|toc\w*|"
                        r"breadcrumbs?|genindextable|search\w*|topnav|menu|top|bottom|lang|langs?|toplang|up|pagetop|"
                        r"titlepage|index|printindex|copyright|backlink|categories|seealso|linenos|table-of-contents|"
@@ -83,12 +84,13 @@ class Markup(HTMLParser):
         self.skip_tag, self.skip_depth = None, 0
         self.main_tag, self.main_depth = None, 0
         self.lines_depth = 0
+        self.cell_depth = 0
 
     def flush(self, following="text"):
         text = "".join(self.text)
         if self.lines_depth == 0:
             text = re.sub(r"[\u00b6\u2191\uf0c1]", "", text)
-            text = re.sub(r"(?:\s*\|)+\s*$", "", text)
+            text = re.sub(r"^(?:\s*\|)+|(?:\s*\|)+\s*$", "", text)
         if self.kind == "head" and self.HEADING_WORDS.match(text.strip()):
             text = ""
         made = block(self.kind, text)
@@ -132,6 +134,13 @@ class Markup(HTMLParser):
             self.lines_depth += 1
         elif self.lines_depth:
             return
+        elif tag in self.CELLS:
+            self.cell_depth += 1
+        elif tag == "tr" or tag == "row":
+            self.cell_depth = 0
+            self.flush("row")
+        elif self.cell_depth and tag in ("p", "para", "div"):
+            self.text.append(" ")
         elif tag in self.HEADS:
             self.flush("head")
         elif tag in ("li", "listitem", "item"):
@@ -150,8 +159,11 @@ class Markup(HTMLParser):
             self.lines_depth -= 1
             if not self.lines_depth:
                 self.flush()
-        elif not self.lines_depth and tag in ("td", "th", "entry"):
+        elif not self.lines_depth and tag in self.CELLS:
+            self.cell_depth = max(0, self.cell_depth - 1)
             self.text.append(" | ")
+        elif self.cell_depth and tag in ("p", "para", "div"):
+            self.text.append(" ")
         elif not self.lines_depth and (tag in self.BREAKS or tag in self.HEADS):
             self.flush()
         if self.main_tag == tag:
@@ -177,7 +189,7 @@ def from_html(text, parser=Markup):
 FURNITURE = re.compile(r"(?:^|\W)(?:next|previous|prev|up|home|top)\b.{0,60}\b(?:next|previous|prev|up|home|contents|index|toc)\b"
                        r"|^(?:warning! )?the server encountered|^this (?:page|document) was (?:generated|last)"
                        r"|^\[? ?(?:prev|next|previous|up|top)\b.{0,40}$|^available languages|^copyright (?:\(c\)|\u00a9|\d)"
-                       r"|all rights reserved|^last (?:modified|updated)|^table of contents", re.I)
+                       r"|^figure [\d.]+|^all rights reserved|^last (?:modified|updated)|^table of contents", re.I)
 
 
 def is_page_furniture(text):
@@ -196,11 +208,12 @@ class XmlMarkup(Markup):
         super().open_block(tag)
 
     def handle_startendtag(self, tag, attributes):
-        pass
+        if tag in ("link", "xref") and not self.skip_tag:
+            self.text.append("that section")  # the reader's program would put its title here
 
 
 def from_docbook(text):
-    text = re.sub(r"<!DOCTYPE.*?(?:\]\s*>|>)", "", text, count=1, flags=re.S)
+    text = re.sub(r"<!DOCTYPE[^\[>]*(?:\[.*?\]\s*>|>)", "", text, count=1, flags=re.S)
     text = re.sub(r"<!\[CDATA\[(.*?)\]\]>", lambda found: found[1].replace("&", "&amp;").replace("<", "&lt;"), text, flags=re.S)
     text = re.sub(r"</(guimenu|guisubmenu)>\s*<(?=gui)", r"</\1> &#8594; <", text)
     text = re.sub(r"</keycap>\s*<keycap", "</keycap>+<keycap", text)
@@ -406,7 +419,7 @@ def from_info(text):
         body = re.sub(r"^\* .*(?:\n +.*)*", "", body, flags=re.M)
         body = re.sub(r"\*note ([^:]*)::", r"\1", body, flags=re.I)
         body = re.sub(r"\*note ([^:]*): [^.,]*(?=[.,])", r"\1", body, flags=re.I)
-        body = re.sub(r"^(\S.*)\n[*=.-]{3,}$", r"\n\x03\1\n", body, flags=re.M)
+        body = re.sub(r"^(\S.*)\n[*=.-]{3,}$", "\n\x03\\1\n", body, flags=re.M)
         for each in from_text(body):
             blocks += block("head", re.sub(r"^[\dA-Z.]+ (?=[A-Z])", "", each.text[1:])) if each.text.startswith("\x03") else [each]
     return blocks
@@ -415,11 +428,14 @@ def from_info(text):
 TEXT_FURNITURE = re.compile(r"^.*\[Page \d+\].*$|^\s*Page \d+\s*$|\f", re.M)
 
 
+TEXT_RULE = re.compile(r"\s*(?:[+|=_*~-]{8,}|\+-{3,}.*-{3,}\+)\s*")
+
+
 def from_text(text):
     """Paragraphs by blank lines; one whose lines are uneven (tables, code, verse) keeps them."""
     blocks = []
     for part in re.split(r"\n[ \t]*\n", TEXT_FURNITURE.sub("", text.expandtabs(8))):
-        lines = [line.rstrip() for line in part.splitlines() if line.strip()]
+        lines = [line.rstrip() for line in part.splitlines() if line.strip() and not TEXT_RULE.fullmatch(line)]
         if lines and not re.fullmatch(r"[\W_]*", part):
             blocks += text_part(lines)
     return blocks
@@ -429,6 +445,10 @@ def text_part(lines):
     margins = [len(line) - len(line.lstrip()) for line in lines]
     least = min(margins)
     lines = [line[least:] for line in lines]
+    if len(lines) > 1 and min(margins[1:]) > least == margins[0] and len(lines[0]) < 50 and not re.search(r"[{};=]$", lines[0]):
+        body = text_part(lines[1:])  # a term, and what it means set in
+        if body and body[0].kind == "text":
+            return block("text", lines[0]) + body
     bullet = re.match(r"(?:[*o-]|\(?\d+[.)])\s+", lines[0])
     if bullet and all(len(line) - len(line.lstrip()) in (bullet.end(), 0) for line in lines[1:]):
         items = re.split(r"\n(?=(?:[*o-]|\(?\d+[.)])\s)", "\n".join(lines))
@@ -534,7 +554,7 @@ def from_descriptions(text):
         entry = re.sub(r"^#.*$\n?", "", entry, flags=re.M).strip()
         name, _, body = entry.partition("\n\n")
         if body and not re.search(r"\{\{|@\w+@|^w:\d", body, flags=re.M):
-            body = " ".join(made.text for made in from_text(body))
+            body = re.sub(r"</?[a-z]+>", "", " ".join(made.text for made in from_text(body)))
             blocks += block("text", f"{name}: {body}" if len(name) < 50 else body)
     return blocks
 
@@ -566,6 +586,8 @@ def from_dict(data, index):
 def tidy_definition(entry):
     entry = re.sub(r"\[(?:1913 Webster|PJC|WordNet [\d.]+|Webster 1913 Suppl\.|[\w .+-]*PJC[\w .+-]*|1913 Webster [^\]]*)\]", "", entry)
     entry = re.sub(r"\\[^\\\n]{1,60}\\", "", entry)  # the pronunciation
+    entry = re.sub(r"\s*\((?=[^()]*[\[\"`*=])[^()]{1,60}\)(?=,\s+(?:n|v|a|adv|imp|prep|conj|p)\b)", "", entry)
+    entry = re.sub(r"[ \t]+,", ",", entry)
     entry = re.sub(r"\{([^{}]*)\}", lambda found: squeeze(found[1]), entry)
     paragraphs = []
     for part in re.split(r"\n[ \t]*\n", entry):
@@ -702,7 +724,7 @@ def joined(blocks):
     text = ""
     for at, each in enumerate(blocks):
         if at:
-            text += "\n" if each.kind == blocks[at - 1].kind == "item" else "\n\n"
+            text += "\n" if each.kind == blocks[at - 1].kind and each.kind in ("item", "row") else "\n\n"
         bare = each.kind == "item" and not re.match(r"\(?\w{1,2}[.)] ", each.text)
         text += ("- " if bare else "") + each.text
     text = text.replace("\xa0", " ").replace("\xad", "").replace("\u200b", "").replace("\r", "")
@@ -721,11 +743,11 @@ def reads_well(text, is_code):
     if sum(letter < "\x80" for letter in text) < 0.95 * len(text) or "\ufffd" in text:
         return False
     letters = sum(map(str.isalpha, solid)) / len(solid)
+    digits = sum(map(str.isdigit, solid)) / len(solid)
     if is_code:
-        return letters > 0.5
+        return letters > 0.5 and digits < 0.15
     words = [word.lower() for word in WORDS.findall(text)]
     common = sum(word in COMMON for word in words) / max(1, len(words))
-    digits = sum(map(str.isdigit, solid)) / len(solid)
     return letters > 0.72 and common > 0.17 and digits < 0.08 and mostly_sentences(text)
 
 
@@ -926,10 +948,14 @@ def choose(documents, plan, out, wanted, seed):
 
 def licence(package, out):
     """The licences that /usr/share/doc/PACKAGE/copyright names: its License: fields, or else well-known names in it."""
+    place = Path(out, "unpacked", package, "usr/share/doc", package)
+    if place.is_symlink():  # the package shares another's directory
+        other = os.path.basename(os.readlink(place))
+        return licence(other, out) if Path(out, "unpacked", other).is_dir() else f"see the copyright file of {other}"
     try:
-        text = Path(out, "unpacked", package, "usr/share/doc", package, "copyright").read_text(errors="replace")
+        text = (place / "copyright").read_text(errors="replace")
     except OSError:
-        return "?"  # a link into another package's directory, or none
+        return "no copyright file"
     names = list(dict.fromkeys(name.strip() for name in re.findall(r"^License:[ \t]*(\S.*)$", text, flags=re.M)))
     if not names:
         known = {"GPL": r"GNU (?:Library |Lesser )?General Public License|common-licenses/L?GPL", "GFDL": r"Free Documentation License",
