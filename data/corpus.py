@@ -46,6 +46,11 @@ def squeeze(text):
     return " ".join(text.split())
 
 
+def sentence_case(title):
+    """EXIT STATUS reads Exit status; a name such as PERL_PATH stays."""
+    return title.capitalize() if re.fullmatch(r"[A-Z][A-Z ,'/&-]*", title) else title
+
+
 def block(kind, text):
     """A list of the block, or of nothing when its text is empty."""
     text = "\n".join(line.rstrip() for line in text.expandtabs(8).strip("\n").splitlines()).strip("\n") \
@@ -141,7 +146,7 @@ class Markup(HTMLParser):
             self.flush("row")
         elif self.cell_depth and tag in ("p", "para", "div"):
             self.text.append(" ")
-        elif tag in self.HEADS:
+        elif tag in self.HEADS or tag in ("dt", "term"):  # neither may end a document
             self.flush("head")
         elif tag in ("li", "listitem", "item"):
             self.flush("item")
@@ -331,7 +336,7 @@ class Manual:
         if name == "SH":
             self.dropped = bool(DROPPED_SECTIONS.match(title))
         if not self.dropped:
-            self.blocks += block("head", title.capitalize() if title.isupper() else title)
+            self.blocks += block("head", sentence_case(title))
 
     def paragraph(self, name, rest):
         if self.kind == "lines":
@@ -401,7 +406,7 @@ def from_pod(text):
             if name.startswith("head"):
                 if name == "head1":
                     dropped = bool(DROPPED_SECTIONS.match(rest.strip()))
-                blocks += [] if dropped else block("head", rest.capitalize() if rest.isupper() else rest)
+                blocks += [] if dropped else block("head", sentence_case(rest))
             elif name == "item" and not dropped:
                 blocks += block("item", re.sub(r"^[*\u2022]\s*", "", rest))
         elif reading and not dropped:
@@ -528,10 +533,10 @@ def rst_part(lines):
     opens = text.endswith("::")
     if opens:
         text = re.sub(r"\s*::$", "", text) if text.endswith(" ::") else text[:-1]
-    bullet = re.match(r"\s*(?:[*+-]|#\.|\(?\w[.)])\s+", text)
+    bullet = re.match(r"\s*(?:[*+-]|#[.)]|\(?\w[.)])\s+", text)
     if bullet:
-        items = re.split(r"\n\s*(?=(?:[*+-]|#\.)\s)", text)
-        return [made for item in items for made in block("item", unmark_rst(re.sub(r"^\s*(?:[*+-]|#\.)\s+", "", item)))], opens
+        items = re.split(r"\n\s*(?=(?:[*+-]|#[.)])\s)", text)
+        return [made for item in items for made in block("item", unmark_rst(re.sub(r"^\s*(?:[*+-]|#[.)])\s+", "", item)))], opens
     if re.match(r"\s*(?:>>> |\.\. )", text):
         return block("lines", text), False
     return block("text", unmark_rst(squeeze(text))), opens
