@@ -4,10 +4,11 @@
     corpus.py convert PLAN UNPACKED DOCUMENTS     every document, in the plan's order
     corpus.py choose DOCUMENTS PLAN OUT_DIR [--documents N] [--seed N]
 
-PLAN has a line per package and format: package, version, format, then globs (a leading ! leaves out), tab-separated. UNPACKED/PACKAGE is
-what the package holds. Each file goes through four steps: a converter makes blocks of it (headings, paragraphs, list
-items, lines to keep as they are); blocks that many files share are boilerplate and go; the rest is cut at block ends into
-documents of about 100 to 600 tokens; documents that read as no English text, or were seen before, are left out.
+PLAN has a line per package and format: package, version, format, then globs (a leading ! leaves out), tab-separated.
+UNPACKED/PACKAGE is what the package holds. Each file goes through four steps: a converter makes blocks of it (headings,
+paragraphs, list items, table rows, lines to keep as they are); blocks that many files share are boilerplate and go; the
+rest is cut at block ends into documents of about 100 to 600 tokens; documents that do not read as English text or code,
+or were seen before, are left out.
 """
 
 import argparse
@@ -53,8 +54,11 @@ def sentence_case(title):
 
 def block(kind, text):
     """A list of the block, or of nothing when its text is empty."""
-    text = "\n".join(line.rstrip() for line in text.expandtabs(8).strip("\n").splitlines()).strip("\n") \
-        if kind == "lines" else squeeze(text)
+    text = (
+        "\n".join(line.rstrip() for line in text.expandtabs(8).strip("\n").splitlines()).strip("\n")
+        if kind == "lines"
+        else squeeze(text)
+    )
     return [Block(kind, text)] if text.strip() else []
 
 
@@ -66,18 +70,24 @@ class Markup(HTMLParser):
     """Collects blocks. When a page marks its main part, only that is kept."""
 
     VOID = set("area base br col embed hr img input link meta source track wbr".split())
-    SKIP = set("script style nav footer form select button svg math head title_page template iframe noscript info bookinfo "
-               "indexterm shortcut remark prolog credit years copyright legalnotice releaseinfo imageobject media".split())
+    SKIP = set(
+        "script style nav footer form select button svg math head title_page template iframe noscript info bookinfo "
+        "indexterm shortcut remark prolog credit years copyright legalnotice releaseinfo imageobject media".split()
+    )
     HEADS = set("h1 h2 h3 h4 h5 h6 title bridgehead".split())
     LINES = set("pre programlisting screen literallayout synopsis".split())
-    BREAKS = set("p para simpara div section article body blockquote table tr ul ol dl dt dd li listitem varlistentry term "
-                 "main hr sect1 sect2 sect3 note tip warning important caution formalpara steps step item page chapter".split())
+    BREAKS = set(
+        "p para simpara div section article body blockquote table tr ul ol dl dt dd li listitem varlistentry term "
+        "main hr sect1 sect2 sect3 note tip warning important caution formalpara steps step item page chapter".split()
+    )
     CELLS = ("td", "th", "entry")
-    NOISE = re.compile(r"(?:^|[\s_-])(?:nav\w*|sidebar|sphinxsidebar\w*|related|footer|header(?!link)|headerlink|anchor|toc\w*|"
-                       r"breadcrumbs?|genindextable|search\w*|topnav|menu|top|bottom|lang|langs?|toplang|up|pagetop|"
-                       r"titlepage|index|printindex|copyright|backlink|categories|seealso|linenos|table-of-contents|"
-                       r"short-contents|element-number|"
-                       r"viewcode-link|permalink|apache|menubar|desktoponly|mobileonly|nosearch|fancy_toc)(?:$|[\s_-])")
+    NOISE = re.compile(
+        r"(?:^|[\s_-])(?:nav\w*|sidebar|sphinxsidebar\w*|related|footer|header(?!link)|headerlink|anchor|toc\w*|"
+        r"breadcrumbs?|genindextable|search\w*|topnav|menu|top|bottom|lang|langs?|toplang|up|pagetop|"
+        r"titlepage|index|printindex|copyright|backlink|categories|seealso|linenos|table-of-contents|"
+        r"short-contents|element-number|"
+        r"viewcode-link|permalink|apache|menubar|desktoponly|mobileonly|nosearch|fancy_toc)(?:$|[\s_-])"
+    )
     NOISY_TAGS = set("div ul ol table span a nav section header p h1 h2 h3 td".split())
     MAIN = re.compile(r"(?:^|\s)(?:main|body|document|page-content)(?:$|\s)")
     HEADING_WORDS = re.compile(r"(?:prev(?:ious)?|next|up|home|contents|index|top|table of contents|see also)$", re.I)
@@ -117,7 +127,8 @@ class Markup(HTMLParser):
         if self.main_tag:
             self.main_depth += tag == self.main_tag
         elif tag in ("div", "main", "article", "section") and (
-                tag == "main" or attributes.get("role") == "main" or self.MAIN.search(attributes.get("class") or "")):
+            tag == "main" or attributes.get("role") == "main" or self.MAIN.search(attributes.get("class") or "")
+        ):
             self.flush()
             self.main_tag, self.main_depth = tag, 1
         self.open_block(tag)
@@ -191,10 +202,13 @@ def from_html(text, parser=Markup):
     return [each for each in blocks if not is_page_furniture(each.text)]
 
 
-FURNITURE = re.compile(r"(?:^|\W)(?:next|previous|prev|up|home|top)\b.{0,60}\b(?:next|previous|prev|up|home|contents|index|toc)\b"
-                       r"|^(?:warning! )?the server encountered|^this (?:page|document) was (?:generated|last)"
-                       r"|^\[? ?(?:prev|next|previous|up|top)\b.{0,40}$|^available languages|^copyright (?:\(c\)|\u00a9|\d)"
-                       r"|^figure [\d.]+|^all rights reserved|^last (?:modified|updated)|^table of contents", re.I)
+FURNITURE = re.compile(
+    r"(?:^|\W)(?:next|previous|prev|up|home|top)\b.{0,60}\b(?:next|previous|prev|up|home|contents|index|toc)\b"
+    r"|^(?:warning! )?the server encountered|^this (?:page|document) was (?:generated|last)"
+    r"|^\[? ?(?:prev|next|previous|up|top)\b.{0,40}$|^available languages|^copyright (?:\(c\)|\u00a9|\d)"
+    r"|^figure [\d.]+|^all rights reserved|^last (?:modified|updated)|^table of contents",
+    re.I,
+)
 
 
 def is_page_furniture(text):
@@ -233,36 +247,90 @@ def spoken_entity(found):
         return found[0]
     if re.match(r"(?:reporting|documentation|underF|underG|install|kappname|chapter|[\w-]+-\w+-)", name) or "." in name:
         return ""
-    return {"kde": "KDE", "ie": "i.e.", "eg": "e.g.", "etc": "etc.", "LMB": "left mouse button", "RMB": "right mouse button",
-            "MMB": "middle mouse button", "Ctrl": "Ctrl", "Qt": "Qt"}.get(name, name[0].upper() + name[1:])
+    return {
+        "kde": "KDE",
+        "ie": "i.e.",
+        "eg": "e.g.",
+        "etc": "etc.",
+        "LMB": "left mouse button",
+        "RMB": "right mouse button",
+        "MMB": "middle mouse button",
+        "Ctrl": "Ctrl",
+        "Qt": "Qt",
+    }.get(name, name[0].upper() + name[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Manual pages
 
-ROFF_NAMES = {"aq": "'", "dq": '"', "em": "-", "en": "-", "hy": "-", "bu": "-", "lq": '"', "rq": '"', "oq": "'", "cq": "'",
-              "co": "(C)", "rs": "\\", "ti": "~", "ha": "^", "mu": "x", "mc": "u", "<=": "<=", ">=": ">=", "->": "->", "at": "@",
-              "ga": "`", "ge": ">=", "le": "<=", "la": "<", "ra": ">", "if": "infinity", "+-": "+-", "+": "+", "-": "-"}
-DROPPED_SECTIONS = re.compile(r"(?:see also|authors?|copyright|colophon|reporting bugs|bugs report|attributes|notes? on license|"
-                              r"copyright and licen[cs]e|licen[cs]e|history of|acknowledge?ments?|support)\b", re.I)
+ROFF_NAMES = {
+    "aq": "'",
+    "dq": '"',
+    "em": "-",
+    "en": "-",
+    "hy": "-",
+    "bu": "-",
+    "lq": '"',
+    "rq": '"',
+    "oq": "'",
+    "cq": "'",
+    "co": "(C)",
+    "rs": "\\",
+    "ti": "~",
+    "ha": "^",
+    "mu": "x",
+    "mc": "u",
+    "<=": "<=",
+    ">=": ">=",
+    "->": "->",
+    "at": "@",
+    "ga": "`",
+    "ge": ">=",
+    "le": "<=",
+    "la": "<",
+    "ra": ">",
+    "if": "infinity",
+    "+-": "+-",
+    "+": "+",
+    "-": "-",
+}
+DROPPED_SECTIONS = re.compile(
+    r"(?:see also|authors?|copyright|colophon|reporting bugs|bugs report|attributes|notes? on license|"
+    r"copyright and licen[cs]e|licen[cs]e|history of|acknowledge?ments?|support)\b",
+    re.I,
+)
 
 
 def unescape_roff(text):
     text = re.sub(r'\\".*', "", text)
     text = re.sub(r"\\s[+-]?\d{1,2}|\\f(?:\[\w*\]|\(\w\w|.)|\\m\[\w*\]|\\[hvwk]'[^']*'", "", text)
-    text = re.sub(r"\\\*\((..)", lambda found: {"lq": '"', "rq": '"', "L\"": '"', "R\"": '"'}.get(found[1], ""), text)
+    text = re.sub(r"\\\*\((..)", lambda found: {"lq": '"', "rq": '"', 'L"': '"', 'R"': '"'}.get(found[1], ""), text)
     text = re.sub(r"\\\*(?:\[\w+\]|.)", "", text)
-    text = re.sub(r"\\\[(?:u([0-9A-F]{4,5})|([^\]]+))\]", lambda found: chr(int(found[1], 16)) if found[1] else ROFF_NAMES.get(found[2], ""),
-                  text)
+    text = re.sub(
+        r"\\\[(?:u([0-9A-F]{4,5})|([^\]]+))\]",
+        lambda found: chr(int(found[1], 16)) if found[1] else ROFF_NAMES.get(found[2], ""),
+        text,
+    )
     text = re.sub(r"\\\((..)", lambda found: ROFF_NAMES.get(found[1], ""), text)
     text = re.sub(r"\\([&|^:%)/,!c])", "", text)
-    return text.replace("\\-", "-").replace("\\ ", " ").replace("\\~", " ").replace("\\0", " ").replace("\\'", "'") \
-        .replace("\\`", "`").replace("\\.", ".").replace("\\e", "\\").replace("\\\\", "\\")
+    return (
+        text.replace("\\-", "-")
+        .replace("\\ ", " ")
+        .replace("\\~", " ")
+        .replace("\\0", " ")
+        .replace("\\'", "'")
+        .replace("\\`", "`")
+        .replace("\\.", ".")
+        .replace("\\e", "\\")
+        .replace("\\\\", "\\")
+    )
 
 
 def roff_words(text):
-    return [unescape_roff(quoted.replace('""', '"') if plain == "" else plain)
-            for quoted, plain in re.findall(r'"((?:[^"]|"")*)"?|((?:\\ |\S)+)', text)]
+    return [
+        unescape_roff(quoted.replace('""', '"') if plain == "" else plain)
+        for quoted, plain in re.findall(r'"((?:[^"]|"")*)"?|((?:\\ |\S)+)', text)
+    ]
 
 
 class Manual:
@@ -349,7 +417,9 @@ class Manual:
         self.tag = "wanted" if name in ("TP", "TQ") else None
         if name == "IP" and rest:
             tag = roff_words(rest)[0]
-            self.words.append("-" if tag in ("*", "-", "o", "\u2022") else tag + ("" if re.match(r"\W*\w{1,2}[.)]$", tag) else ":"))
+            self.words.append(
+                "-" if tag in ("*", "-", "o", "\u2022") else tag + ("" if re.match(r"\W*\w{1,2}[.)]$", tag) else ":")
+            )
 
 
 def from_man(text):
@@ -366,8 +436,12 @@ def man_title(blocks):
     """The section NAME as a sentence: `close - close a file` needs no heading of its own."""
     if blocks and blocks[0] == Block("head", "Name"):
         blocks = blocks[1:]
-    return [each._replace(text=re.sub(r"^- ", "", each.text), kind="item") if each.kind == "text" and each.text.startswith("- ") else each
-            for each in blocks]
+    return [
+        each._replace(text=re.sub(r"^- ", "", each.text), kind="item")
+        if each.kind == "text" and each.text.startswith("- ")
+        else each
+        for each in blocks
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +463,13 @@ def one_pod(found, names):
         inner = names.get(inner, chr(int(inner, 0)) if re.fullmatch(r"\d+|0x[0-9a-fA-F]+", inner) else "")
     elif letter == "L":
         shown, bar, page = inner.partition("|")
-        inner = shown if bar else page or shown.replace("/", " in section ") if not inner.startswith(("http", "/")) else inner.lstrip("/")
+        inner = (
+            shown
+            if bar
+            else page or shown.replace("/", " in section ")
+            if not inner.startswith(("http", "/"))
+            else inner.lstrip("/")
+        )
     elif letter in "XZ":
         inner = ""
     return inner.replace("<", "\x01").replace(">", "\x02")
@@ -426,7 +506,9 @@ def from_info(text):
         body = re.sub(r"\*note ([^:]*): [^.,]*(?=[.,])", r"\1", body, flags=re.I)
         body = re.sub(r"^(\S.*)\n[*=.-]{3,}$", "\n\x03\\1\n", body, flags=re.M)
         for each in from_text(body):
-            blocks += block("head", re.sub(r"^[\dA-Z.]+ (?=[A-Z])", "", each.text[1:])) if each.text.startswith("\x03") else [each]
+            blocks += (
+                block("head", re.sub(r"^[\dA-Z.]+ (?=[A-Z])", "", each.text[1:])) if each.text.startswith("\x03") else [each]
+            )
     return blocks
 
 
@@ -497,7 +579,7 @@ def from_rst(text):
             if blocks and blocks[-1].kind == "lines":
                 blocks[-1] = Block("lines", blocks[-1].text + "\n\n" + "\n".join(line[margin:] for line in lines))
             else:
-                blocks += block("lines", "\n".join(line[min(margin, len(line) - len(line.lstrip())):] for line in lines))
+                blocks += block("lines", "\n".join(line[min(margin, len(line) - len(line.lstrip())) :] for line in lines))
             continue
         literal = None
         directive = re.match(r"\s*\.\. (?:([\w:-]+)::\s*(.*)|.*)", lines[0])
@@ -506,7 +588,7 @@ def from_rst(text):
             if name in RST_CODE:
                 literal = margin
                 body = [line for line in lines[1:] if not re.match(r"\s+:[\w-]+:", line)]
-                blocks += block("lines", "\n".join(line[margin + 4:] for line in body))
+                blocks += block("lines", "\n".join(line[margin + 4 :] for line in body))
             elif name in RST_SHOWN:
                 blocks += block("text", unmark_rst(" ".join([directive[2], *(each.strip() for each in lines[1:])])))
             else:
@@ -564,7 +646,9 @@ def from_descriptions(text):
     return blocks
 
 
-DICT_DIGITS = {letter: value for value, letter in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")}
+DICT_DIGITS = {
+    letter: value for value, letter in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")
+}
 
 
 def dict_number(text):
@@ -583,13 +667,15 @@ def from_dict(data, index):
             spans.add((dict_number(fields[1]), dict_number(fields[2])))
     blocks = []
     for offset, length in sorted(spans):
-        entry = data[offset:offset + length].decode("utf-8", "replace")
+        entry = data[offset : offset + length].decode("utf-8", "replace")
         blocks += block("lines", tidy_definition(entry))
     return blocks
 
 
 def tidy_definition(entry):
-    entry = re.sub(r"\[(?:1913 Webster|PJC|WordNet [\d.]+|Webster 1913 Suppl\.|[\w .+-]*PJC[\w .+-]*|1913 Webster [^\]]*)\]", "", entry)
+    entry = re.sub(
+        r"\[(?:1913 Webster|PJC|WordNet [\d.]+|Webster 1913 Suppl\.|[\w .+-]*PJC[\w .+-]*|1913 Webster [^\]]*)\]", "", entry
+    )
     entry = re.sub(r"\\[^\\\n]{1,60}\\", "", entry)  # the pronunciation
     entry = re.sub(r"\s*\((?=[^()]*[\[\"`*=])[^()]{1,60}\)(?=,\s+(?:n|v|a|adv|imp|prep|conj|p)\b)", "", entry)
     entry = re.sub(r"[ \t]+,", ",", entry)
@@ -606,10 +692,12 @@ def tidy_definition(entry):
     return "\n".join(part for part in paragraphs if part and not re.fullmatch(r"\(\d{4}-\d\d-\d\d\)|\(https?://\S*\)", part))
 
 
-WML = re.compile(r"\[(?P<tag>/?\w+)\]|(?P<speaker>\bspeaker|\bid)\s*=\s*\"?(?P<who>[^\n\"]*)|"
-                 r"(?P<key>\b(?:story|message|description|name|note|summary|objective|help_text|description_text))\s*=\s*"
-                 r"(?P<text>(?:_\s*)\"(?:[^\"]|\"\")*\"(?:\s*\+\s*(?:_\s*)?\"(?:[^\"]|\"\")*\")*)|"
-                 r"\{NARRATOR:?\s*(?P<told>_\s*\"(?:[^\"]|\"\")*\")")
+WML = re.compile(
+    r"\[(?P<tag>/?\w+)\]|(?P<speaker>\bspeaker|\bid)\s*=\s*\"?(?P<who>[^\n\"]*)|"
+    r"(?P<key>\b(?:story|message|description|name|note|summary|objective|help_text|description_text))\s*=\s*"
+    r"(?P<text>(?:_\s*)\"(?:[^\"]|\"\")*\"(?:\s*\+\s*(?:_\s*)?\"(?:[^\"]|\"\")*\")*)|"
+    r"\{NARRATOR:?\s*(?P<told>_\s*\"(?:[^\"]|\"\")*\")"
+)
 
 
 def from_wml(text):
@@ -656,8 +744,12 @@ def from_sky(text):
 def from_code(text):
     """Top-level pieces of a source file. The head comment with the licence goes."""
     text = text.replace("\f", "")
-    text = re.sub(r"\A(?:#!.*\n)?\s*(?:/\*.*?\*/|(?:(?://|#(?!include|if|define)|\"\"\"|dnl).*\n)+)",
-                  lambda found: "" if re.search(r"licen[sc]e|copyright", found[0], re.I) else found[0], text, flags=re.S if text.lstrip().startswith("/*") else 0)
+    text = re.sub(
+        r"\A(?:#!.*\n)?\s*(?:/\*.*?\*/|(?:(?://|#(?!include|if|define)|\"\"\"|dnl).*\n)+)",
+        lambda found: "" if re.search(r"licen[sc]e|copyright", found[0], re.I) else found[0],
+        text,
+        flags=re.S if text.lstrip().startswith("/*") else 0,
+    )
     blocks = []
     for part in re.split(r"\n[ \t]*\n(?=\S)", text):
         if part.strip() and not re.search(r"copyright \(c\)|gnu (?:lesser )?general public", part, re.I):
@@ -665,9 +757,21 @@ def from_code(text):
     return blocks
 
 
-CONVERTERS = {"html": from_html, "docbook": from_docbook, "man": from_man, "pod": from_pod, "info": from_info, "rst": from_rst,
-              "text": from_text, "fortunes": from_fortunes, "descriptions": from_descriptions, "wml": from_wml, "sky": from_sky,
-              "code": from_code, "code-tar": from_code}
+CONVERTERS = {
+    "html": from_html,
+    "docbook": from_docbook,
+    "man": from_man,
+    "pod": from_pod,
+    "info": from_info,
+    "rst": from_rst,
+    "text": from_text,
+    "fortunes": from_fortunes,
+    "descriptions": from_descriptions,
+    "wml": from_wml,
+    "sky": from_sky,
+    "code": from_code,
+    "code-tar": from_code,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,8 +840,10 @@ def joined(blocks):
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
-COMMON = set("the of and to a in is that for it as be on with by this are or an not from at if which can you will was have "
-             "but has all when its he his they their one no there more i we so what my she her your do who them were had would".split())
+COMMON = set(
+    "the of and to a in is that for it as be on with by this are or an not from at if which can you will was have "
+    "but has all when its he his they their one no there more i we so what my she her your do who them were had would".split()
+)
 
 
 def reads_well(text, is_code):
@@ -772,7 +878,7 @@ def shingles(text):
     chosen = set()
     for at in range(len(words) - 7):
         if (words[at] ^ (words[at + 1] >> 7)) % 8 == 0:
-            chosen.add(zlib.crc32(repr(words[at:at + 8]).encode()) | words[at + 7] << 32)
+            chosen.add(zlib.crc32(repr(words[at : at + 8]).encode()) | words[at + 7] << 32)
     return chosen
 
 
@@ -836,8 +942,11 @@ def file_blocks(task):
             made.append((name, CONVERTERS[source.format](decode(read_bytes(path)).replace("\r\n", "\n"))))
     except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
         return source, [], f"{source.package}: {name}: {error}"
-    return source, [(label, blocks, [digest(each.text) if len(each.text) > 40 else 0 for each in blocks])
-                    for label, blocks in made], None
+    return (
+        source,
+        [(label, blocks, [digest(each.text) if len(each.text) > 40 else 0 for each in blocks]) for label, blocks in made],
+        None,
+    )
 
 
 def tar_texts(path):
@@ -963,17 +1072,27 @@ def licence(package, out):
         return "no copyright file"
     names = list(dict.fromkeys(name.strip() for name in re.findall(r"^License:[ \t]*(\S.*)$", text, flags=re.M)))
     if not names:
-        known = {"GPL": r"GNU (?:Library |Lesser )?General Public License|common-licenses/L?GPL", "GFDL": r"Free Documentation License",
-                 "BSD": r"\bBSD\b|Redistribution and use in source", "Apache-2.0": r"Apache License", "Artistic": r"Artistic",
-                 "public-domain": r"public domain", "CC-BY-SA": r"Attribution-?\s*ShareAlike|CC[- ]BY-SA", "MIT": r"\bMIT\b|without restriction",
-                 "PostgreSQL": r"PostgreSQL License", "PSF": r"Python Software Foundation|PSF"}
+        known = {
+            "GPL": r"GNU (?:Library |Lesser )?General Public License|common-licenses/L?GPL",
+            "GFDL": r"Free Documentation License",
+            "BSD": r"\bBSD\b|Redistribution and use in source",
+            "Apache-2.0": r"Apache License",
+            "Artistic": r"Artistic",
+            "public-domain": r"public domain",
+            "CC-BY-SA": r"Attribution-?\s*ShareAlike|CC[- ]BY-SA",
+            "MIT": r"\bMIT\b|without restriction",
+            "PostgreSQL": r"PostgreSQL License",
+            "PSF": r"Python Software Foundation|PSF",
+        }
         names = [name for name, pattern in known.items() if re.search(pattern, text, flags=re.I)]
     return "; ".join(names[:8]) + ("; ..." if len(names) > 8 else "") if names else "see its copyright file"
 
 
 def write_sources(sources, totals, out):
     versions = {source.package: source.version for source in sources}
-    rows = sorted(((package, versions[package], licence(package, out), *totals[package]) for package in totals), key=lambda row: -row[3])
+    rows = sorted(
+        ((package, versions[package], licence(package, out), *totals[package]) for package in totals), key=lambda row: -row[3]
+    )
     header = ("package", "version", "licence", "documents", "words", "tokens_estimated")
     with open(f"{out}/sources.tsv.tmp", "w", encoding="utf-8") as file:
         for row in (header, *rows):
@@ -991,7 +1110,7 @@ def print_table(rows):
 
 
 def shortened(text, width):
-    return text if len(text) <= width else text[:width - 3] + "..."
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def main():
