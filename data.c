@@ -19,6 +19,7 @@
 #include <spawn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -621,14 +622,24 @@ void dataset_abandon(DatasetWriter *w) {
 
 /* ------------------------------------------------------------------------------------------------ dataset reader */
 
+enum { PASSED_ROWS = 4096 }; /* rows whose pages are given back at a time */
+
+/* The pages of [from, to) that lie wholly inside it leave this process's memory; they come back when they are read. */
+static void forget_pages(const void *from, const void *to) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), a = ((uintptr_t)from + page - 1) / page * page, b = (uintptr_t)to / page * page;
+    if (b > a) madvise((void *)a, b - a, MADV_DONTNEED);
+}
+
 static int index_rows(Dataset *d, const char *path, Err *err) {
     size_t at = 0;
     while (at < d->rows.len) {
         const char *end = memchr(d->rows.data + at, '\n', d->rows.len - at);
         arrput(d->line, at);
         at = end ? (size_t)(end - d->rows.data) + 1 : d->rows.len;
+        if (arrlen(d->line) % PASSED_ROWS == 0) forget_pages(d->rows.data, d->rows.data + at);
     }
     arrput(d->line, d->rows.len);
+    forget_pages(d->rows.data, d->rows.data + d->rows.len);
     if (arrlen(d->line) - 1 == d->n) return 0;
     return fail(err, "%s: holds %td rows, the activations %lld", path, arrlen(d->line) - 1, (long long)d->n);
 }
@@ -689,6 +700,14 @@ void dataset_vector(const Dataset *d, int64_t row, float *out) {
         for (size_t i = 0; i < width; i++) out[i] = bf16_to_f32(((const uint16_t *)d->vectors->data)[at + i]);
 }
 
+void dataset_passed(const Dataset *d, int64_t row) {
+    if (row % PASSED_ROWS != 0) return;
+    size_t width = (size_t)d->d_model * dtype_size(d->vectors->dtype);
+    const char *v = d->vectors->data;
+    forget_pages(v, v + (size_t)row * width);
+    if (d->line) forget_pages(d->rows.data, d->rows.data + d->line[row]);
+}
+
 int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err) {
     if (!d->line) return fail(err, "%s: has no rows.jsonl, only vectors", d->path);
     return json_parse(json, d->rows.data + d->line[row], d->line[row + 1] - d->line[row], d->path, err);
@@ -701,6 +720,7 @@ void dataset_norms(const Dataset *d, Norms *out) {
     int64_t n = 0;
     *out = (Norms){0};
     for (int64_t i = 0; i < d->n; i++) {
+        dataset_passed(d, i);
         dataset_vector(d, i, v);
         double length = vector_norm(v, d->d_model);
         out->zero += length == 0;

@@ -686,6 +686,9 @@ typedef struct {
 int dataset_open(Dataset *d, const char *path, Err *err);
 void dataset_close(Dataset *d);
 void dataset_vector(const Dataset *d, int64_t row, float *out);            /* fp32 [d_model] */
+/* For a reader that goes through all rows in order, called at each: gives back the memory of those before, so that the process
+ * stays as small on a large dataset as on a small one. */
+void dataset_passed(const Dataset *d, int64_t row);
 int dataset_row(const Dataset *d, int64_t row, Json *json, Err *err); /* the row's JSON object; json_free is the caller's */
 
 /* Of the vectors that are finite and not zero; var_nrm as in Scores. */

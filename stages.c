@@ -157,6 +157,7 @@ static int append_shard(DatasetWriter *w, const Dataset *d, Err *err) {
     int status = 0;
     for (int64_t i = 0; i < d->n && status == 0; i++) {
         Row row;
+        dataset_passed(d, i);
         dataset_vector(d, i, v);
         status = row_open(&row, d, i, err);
         if (status == 0) {
@@ -276,6 +277,7 @@ static int split_rows(const Dataset *d, Part *parts, uint64_t seed, Err *err) {
     int status = 0;
     for (int64_t i = 0; i < d->n && status == 0; i++) {
         Row row;
+        dataset_passed(d, i);
         dataset_vector(d, i, v);
         status = row_open(&row, d, i, err);
         if (status == 0) {
@@ -480,6 +482,7 @@ static int survey(Survey *x, const char *path, Err *err) {
     float *v = xmalloc(bytes);
     for (size_t i = 0; i < n; i++) {
         Row row;
+        dataset_passed(&x->d, (int64_t)i);
         if (row_open(&row, &x->d, (int64_t)i, err) != 0) {
             free(v);
             return -1;
@@ -629,6 +632,7 @@ static int build_rows(DatasetWriter *w, const Dataset *d, const ExplanationIndex
     for (int64_t i = 0; i < d->n && status == 0; i++) {
         Row row;
         char *by = NULL, *text = NULL;
+        dataset_passed(d, i);
         status = row_open(&row, d, i, err);
         if (status == 0 && explained) {
             text = explanation_find(texts, &row, &by, err);

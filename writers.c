@@ -334,6 +334,7 @@ static int write_by_rules(Writing *w, Err *err) {
     int status = 0;
     while (w->done < w->rows && status == 0) {
         Row row;
+        dataset_passed(&w->d, w->done);
         status = row_open(&row, &w->d, w->done, err);
         if (status == 0) {
             char *text = rules_explanation(row.text, row.text_len, random_key((uint64_t)w->s->seed, row.id, 0, 0));
@@ -362,6 +363,7 @@ static int write_by_file(Writing *w, const char *path, Err *err) {
     while (w->done < w->rows && status == 0) {
         Row row;
         char *by = NULL;
+        dataset_passed(&w->d, w->done);
         status = row_open(&row, &w->d, w->done, err);
         if (status == 0) {
             char *text = explanation_find(&texts, &row, &by, err);
