@@ -4,359 +4,27 @@
  * the last words quoted; the last token, its role and the kind of thing that may follow. An AR learns from them to rebuild
  * the activation, so what counts is what the text shows: the quotes are exact, and everything else is hedged or countable.
  *
- * The way through the file: clean the end of the text; cut it into pieces (words, numbers, marks, line breaks), each looked
- * up in the lexicon of rules_words.h; count subjects, forms and topics; walk the last sentence; write sentences, each with a
- * rank, and keep the best that fit. The wording is drawn from alternatives ("one|another") by a generator keyed by `key`.
+ * rules_text.c reads the text. Here each sentence is written with a rank, and those that fit are kept. The wording is drawn
+ * from alternatives ("one|another") by a generator that starts at `key`.
  */
-#define _GNU_SOURCE /* memmem */
-#include "nla.h"
-#include "rules_words.h"
+#define _GNU_SOURCE /* stpcpy */
+#include "rules.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 #include <utf8proc.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 enum {
-    WINDOW = 3000,      /* bytes of the text's end that are read */
-    MIN_WORDS = 5,      /* fewer say too little */
-    MAX_WORDS = 106,    /* of an explanation */
-    QUOTE_WORDS = 14,   /* of the last words */
-    BEFORE_WORDS = 12,  /* of what came before them */
-    QUOTE_BYTES = 120,  /* of any quote, and so of one long word */
+    MIN_WORDS = 5,     /* fewer say too little */
+    MAX_WORDS = 106,   /* of an explanation */
+    QUOTE_WORDS = 14,  /* of the last words */
+    BEFORE_WORDS = 12, /* of what came before them */
+    QUOTE_BYTES = 120, /* of any quote, and so of one long word */
     QUOTE_ROOM = QUOTE_BYTES + 8,
-    LONGEST = 24,       /* bytes of a word of the lexicon with its ending */
 };
-
-#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
-
-/* ------------------------------------------------------------------------------------------------ lexicon */
-
-typedef struct {
-    const char *word; /* into rules_words.h; NULL: a free place */
-    int len;
-    unsigned pos;        /* P_ bits */
-    uint64_t domains;    /* bit d: it speaks for domains[d] */
-    unsigned foreign;    /* bit l: a small word of foreign[l] */
-} Entry;
-
-_Static_assert(COUNT(domains) <= 64 && COUNT(foreign) <= 32, "bits of Entry");
-
-/* Open addressing; filled once, then only read. */
-static Entry lexicon[1 << 13];
-static pthread_once_t lexicon_once = PTHREAD_ONCE_INIT;
-
-static Entry *lexicon_place(const char *word, int len) {
-    size_t at = XXH3_64bits(word, (size_t)len) % COUNT(lexicon);
-    while (lexicon[at].word && (lexicon[at].len != len || memcmp(lexicon[at].word, word, (size_t)len))) {
-        at = (at + 1) % COUNT(lexicon);
-    }
-    return &lexicon[at];
-}
-
-static void lexicon_add(const char *words, unsigned pos, uint64_t domain, unsigned language) {
-    for (const char *w = words; *w;) {
-        int len = (int)strcspn(w, " ");
-        Entry *e = lexicon_place(w, len);
-        *e = (Entry){w, len, e->pos | pos, e->domains | domain, e->foreign | language};
-        w += len + (w[len] == ' ');
-    }
-}
-
-static void lexicon_fill(void) {
-    for (int i = 0; i < COUNT(word_classes); i++) lexicon_add(word_classes[i].words, word_classes[i].pos, 0, 0);
-    for (int i = 0; i < COUNT(domains); i++) lexicon_add(domains[i].words, 0, 1ull << i, 0);
-    for (int i = 0; i < COUNT(foreign); i++) lexicon_add(foreign[i].words, 0, 0, 1u << i);
-}
-
-static const Entry *lexicon_find(const char *word, int len) {
-    const Entry *e = len <= LONGEST ? lexicon_place(word, len) : NULL;
-    return e && e->word ? e : NULL;
-}
-
-/* What an ending makes of the base it stands on; the base must be of the class `needs`. */
-static const struct {
-    const char *ending, *instead;
-    unsigned needs, makes;
-} inflections[] = {
-    {"s", "", P_VERB, P_S},       {"es", "", P_VERB, P_S},      {"ies", "y", P_VERB, P_S},
-    {"s", "", P_NOUN, P_PLURAL},  {"es", "", P_NOUN, P_PLURAL}, {"ies", "y", P_NOUN, P_PLURAL},
-    {"d", "", P_VERB, P_ED},      {"ed", "", P_VERB, P_ED},     {"ied", "y", P_VERB, P_ED},
-    {"ing", "", P_VERB, P_ING},   {"ing", "e", P_VERB, P_ING},  {"er", "", P_ADJ, P_ADJ},
-    {"r", "", P_ADJ, P_ADJ},      {"est", "", P_ADJ, P_ADJ},    {"st", "", P_ADJ, P_ADJ},
-    {"er", "", P_VERB, P_NOUN},   {"r", "", P_VERB, P_NOUN},    {"ers", "", P_VERB, P_PLURAL},
-    {"rs", "", P_VERB, P_PLURAL}, {"ly", "", P_ADJ, P_ADV},     {"ily", "y", P_ADJ, P_ADV},
-    {"s", "", 0, P_PLURAL},       {"'s", "", 0, P_POSS},
-};
-
-/* What an ending says of a word whose base is not known. */
-static const struct {
-    const char *ending;
-    unsigned makes;
-} endings[] = {
-    {"tion", P_NOUN},     {"sion", P_NOUN},  {"ness", P_NOUN}, {"ment", P_NOUN},   {"ity", P_NOUN},    {"ism", P_NOUN},
-    {"ist", P_NOUN},      {"ance", P_NOUN},  {"ence", P_NOUN}, {"ship", P_NOUN},   {"ology", P_NOUN},  {"tions", P_PLURAL},
-    {"ments", P_PLURAL},  {"isms", P_PLURAL}, {"ists", P_PLURAL}, {"ities", P_PLURAL}, {"ly", P_ADV},  {"ous", P_ADJ},
-    {"ful", P_ADJ},       {"less", P_ADJ},   {"able", P_ADJ},  {"ible", P_ADJ},    {"ical", P_ADJ},    {"ive", P_ADJ},
-    {"ial", P_ADJ},       {"ual", P_ADJ},    {"onal", P_ADJ},  {"ary", P_ADJ},    {"ize", P_VERB},   {"ify", P_VERB},
-    {"ish", P_ADJ},       {"ed", P_ED},      {"ing", P_ING},   {"'s", P_POSS},
-};
-
-static bool ends_with(const char *word, int len, const char *ending) {
-    int n = (int)strlen(ending);
-    return len > n + 1 && !memcmp(word + len - n, ending, (size_t)n);
-}
-
-/* Strips inflection i; a doubled consonant (stopp-ed) is halved. NULL: it does not apply. */
-static const Entry *base_of(const char *word, int len, int i) {
-    char base[LONGEST + 8];
-    int cut = len - (int)strlen(inflections[i].ending), more = (int)strlen(inflections[i].instead);
-    if (!ends_with(word, len, inflections[i].ending)) return NULL;
-    memcpy(base, word, (size_t)cut);
-    memcpy(base + cut, inflections[i].instead, (size_t)more);
-    const Entry *e = lexicon_find(base, cut + more);
-    bool doubled = !more && cut > 3 && base[cut - 1] == base[cut - 2] && inflections[i].ending[0] != 's';
-    if (!e && doubled) e = lexicon_find(base, cut - 1);
-    return e && (!inflections[i].needs || (e->pos & inflections[i].needs)) ? e : NULL;
-}
-
-/* All the lexicon knows of a word in lower case; word NULL when it and its bases are not there. */
-static Entry look_up(const char *word, int len) {
-    Entry all = {0};
-    const Entry *e = lexicon_find(word, len);
-    if (e) all = *e;
-    if (len > LONGEST || (all.pos & ~(unsigned)(P_DULL | P_COMMON | P_CODE | P_NAME))) return all;
-    bool based = false;
-    for (int i = 0; i < COUNT(inflections); i++) {
-        const Entry *base = base_of(word, len, i);
-        if (!base) continue;
-        if ((all.pos & (P_S | P_PLURAL)) && inflections[i].needs == 0) continue;
-        if (!based) all.word = base->word, all.len = base->len;
-        based = true;
-        all.pos |= inflections[i].makes | (base->pos & (P_DULL | P_COMMON | P_TAKES));
-        all.domains |= base->domains;
-    }
-    if (all.pos & ~(unsigned)(P_DULL | P_COMMON | P_TAKES | P_CODE)) return all;
-    for (int i = 0; i < COUNT(endings); i++) {
-        if (len > 4 && ends_with(word, len, endings[i].ending)) all.pos |= endings[i].makes;
-    }
-    return all;
-}
-
-/* ------------------------------------------------------------------------------------------------ the text, cleaned and cut */
-
-typedef enum { WORD, NUMBER, MARK, BREAK } Kind;
-
-typedef struct {
-    int at, len;
-    Kind kind;
-    bool spaced;     /* white space before it */
-    bool first;      /* of its line */
-    bool script;     /* letters that are not Latin */
-    int lines;       /* BREAK: how many */
-    int indent;      /* BREAK: columns of white space after it */
-    uint64_t hash;   /* of the text in lower case */
-    Entry known;
-} Piece;
-
-typedef struct {
-    char *s; /* UTF-8 without control characters but newline and tab, ends in a NUL */
-    int len;
-    bool whole; /* the text is not longer than the window */
-    Piece *piece;
-    int n;
-    int words;     /* pieces that are words */
-    int spaces;    /* columns of white space at the very end, after the last piece */
-    int last;      /* the last piece that is no BREAK; -1: there is none */
-    bool code;     /* most lines are code */
-    bool examples; /* some are */
-    bool in_code;  /* the last line is */
-    bool comment;  /* the end stands in a comment of the code */
-    int sentence;  /* the piece that opens the current sentence, or in code the current line */
-} Text;
-
-/* U+FFFD for what is not UTF-8; a space for what cannot be seen (controls, formats, private use, not assigned). */
-static int clean_char(char *out, const char *in, int left, int *used) {
-    utf8proc_int32_t c;
-    *used = (int)utf8proc_iterate((const utf8proc_uint8_t *)in, left, &c);
-    if (*used <= 0) {
-        *used = 1;
-        memcpy(out, "\xEF\xBF\xBD", 3);
-        return 3;
-    }
-    if (c == '\n' || c == '\t' || (c >= ' ' && c < 0x7F)) {
-        *out = (char)c;
-        return 1;
-    }
-    switch (utf8proc_category(c)) {
-    case UTF8PROC_CATEGORY_CC: case UTF8PROC_CATEGORY_CF: case UTF8PROC_CATEGORY_CS: case UTF8PROC_CATEGORY_CO:
-    case UTF8PROC_CATEGORY_CN: case UTF8PROC_CATEGORY_ZS: case UTF8PROC_CATEGORY_ZL: case UTF8PROC_CATEGORY_ZP:
-        *out = ' ';
-        return 1;
-    default: memcpy(out, in, (size_t)*used); return *used;
-    }
-}
-
-/* The tags that enclose an explanation must not stand in one. */
-static void break_tags(Text *t) {
-    static const char *const tag[] = {"<explanation>", "</explanation>"};
-    for (int i = 0; i < COUNT(tag); i++) {
-        size_t n = strlen(tag[i]);
-        for (char *found = t->s; (found = memmem(found, (size_t)(t->s + t->len - found), tag[i], n));) {
-            found[0] = '(';
-            found[n - 1] = ')';
-        }
-    }
-}
-
-static void clean(Text *t, const char *text, size_t len) {
-    t->whole = len <= WINDOW;
-    const char *from = t->whole ? text : text + len - WINDOW, *end = text + len;
-    for (int i = 0; !t->whole && i < 3 && from < end && ((unsigned char)*from & 0xC0) == 0x80; i++) from++;
-    t->s = xmalloc(3 * (size_t)(end - from) + 1);
-    while (from < end) {
-        int used;
-        t->len += clean_char(t->s + t->len, from, (int)(end - from), &used);
-        from += used;
-    }
-    t->s[t->len] = 0;
-    break_tags(t);
-}
-
-static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n'; }
-static bool is_digit(char c) { return c >= '0' && c <= '9'; }
-static bool is_lower(char c) { return c >= 'a' && c <= 'z'; }
-static bool is_upper(char c) { return c >= 'A' && c <= 'Z'; }
-
-/* The character at `at`: bytes, and what it is. *alone: a character that is a word by itself, as Chinese writes. */
-static int char_at(const Text *t, int at, bool *letter, bool *script, bool *alone) {
-    utf8proc_int32_t c = 0;
-    int n = (int)utf8proc_iterate((const utf8proc_uint8_t *)t->s + at, t->len - at, &c);
-    *alone = (c >= 0x2E80 && c < 0x2FE0) || (c >= 0x3040 && c < 0xA000) || (c >= 0xF900 && c < 0xFB00) || c >= 0x20000;
-    *script = c >= 0x370 && !(c >= 0x1E00 && c < 0x1F00);
-    utf8proc_category_t k = c < 128 ? UTF8PROC_CATEGORY_CN : utf8proc_category(c);
-    *letter = c < 128 ? is_lower((char)c) || is_upper((char)c) || c == '_'
-                      : (k >= UTF8PROC_CATEGORY_LU && k <= UTF8PROC_CATEGORY_MC);
-    *script = *script && *letter;
-    *alone = *alone && *letter;
-    return n > 0 ? n : 1;
-}
-
-/* Bytes of the word or number at `at`; an apostrophe between letters, a point between digits belong to it. */
-static int word_length(const Text *t, int at, bool *script) {
-    int end = at;
-    bool letter, other, alone, number = is_digit(t->s[at]);
-    *script = false;
-    while (end < t->len) {
-        int n = char_at(t, end, &letter, &other, &alone);
-        if (alone) {
-            *script = true;
-            return end > at ? end - at : n;
-        }
-        bool joins = letter || is_digit(t->s[end]);
-        if (!joins && end > at && end + 1 < t->len) {
-            int curly = !strncmp(t->s + end, "\u2019", 3) ? 2 : 0;
-            bool apostrophe = (t->s[end] == '\'' || curly) && (is_lower(t->s[end - 1]) || is_upper(t->s[end - 1]));
-            bool point = number && (t->s[end] == '.' || t->s[end] == ',');
-            char next = t->s[end + 1 + (apostrophe ? curly : 0)];
-            joins = (apostrophe && (is_lower(next) || is_upper(next))) || (point && is_digit(next));
-        }
-        if (!joins) break;
-        *script |= other;
-        end += n;
-    }
-    return end - at;
-}
-
-/* Bytes of the mark at `at`: brackets and quotation marks are single, others run on (---, ::, ...), but for the triple quote of
- * Python, `` and the two-character operators of programs. */
-static int mark_length(const Text *t, int at) {
-    static const char *const pairs = "-> => >= <= != += -= := */ /* ** || ";
-    const char *s = t->s + at;
-    bool l, o, a;
-    int n = char_at(t, at, &l, &o, &a), run = 1;
-    while (n == 1 && run < t->len - at && s[run] == s[0]) run++;
-    if (strchr("()[]{}<>", s[0])) run = 1;
-    if (strchr("\"'", s[0])) run = run == 3 ? 3 : 1;
-    if (n == 1 && run == 1 && at + 1 < t->len && s[1] != ' ') {
-        char pair[4] = {s[0], s[1], ' ', 0};
-        if (strstr(pairs, pair)) return 2;
-    }
-    return n > 1 ? n : run;
-}
-
-static uint64_t lower_hash(const char *s, int len, Entry *known) {
-    char lower[64];
-    if (len > COUNT(lower)) return XXH3_64bits(s, (size_t)len);
-    int n = 0;
-    for (int i = 0; i < len; i++) {
-        bool curly = i + 2 < len && !memcmp(s + i, "\u2019", 3);
-        lower[n++] = curly ? '\'' : is_upper(s[i]) ? (char)(s[i] + 32) : s[i];
-        i += curly ? 2 : 0;
-    }
-    *known = look_up(lower, n);
-    return XXH3_64bits(lower, (size_t)n);
-}
-
-static int columns(const char *s, int from, int to) {
-    int n = 0;
-    for (int i = from; i < to; i++) n = s[i] == '\n' ? 0 : s[i] == '\t' ? (n | 7) + 1 : n + 1;
-    return n;
-}
-
-static void cut_pieces(Text *t) {
-    t->piece = xcalloc((size_t)t->len + 1, sizeof *t->piece);
-    t->last = -1;
-    bool first = true;
-    for (int at = 0; at < t->len;) {
-        int space = at, lines = 0;
-        while (at < t->len && is_space(t->s[at])) lines += t->s[at++] == '\n';
-        if (lines) {
-            t->piece[t->n++] = (Piece){.at = space, .len = at - space, .kind = BREAK, .lines = lines,
-                                       .indent = columns(t->s, space, at)};
-            first = true;
-        } else if (at == t->len) {
-            t->spaces = columns(t->s, space, at);
-        }
-        if (at == t->len) break;
-        Piece *p = &t->piece[t->n];
-        *p = (Piece){.at = at, .kind = is_digit(t->s[at]) ? NUMBER : WORD, .spaced = at > space, .first = first};
-        p->len = word_length(t, at, &p->script);
-        if (!p->len) {
-            p->kind = MARK;
-            p->len = mark_length(t, at);
-        }
-        p->hash = p->kind == WORD ? lower_hash(t->s + at, p->len, &p->known) : XXH3_64bits(t->s + at, (size_t)p->len);
-        t->words += p->kind == WORD;
-        t->last = t->n++;
-        at += p->len;
-        first = false;
-    }
-}
-
-static bool piece_is(const Text *t, int i, const char *text) {
-    return i >= 0 && i < t->n && t->piece[i].len == (int)strlen(text) && !memcmp(t->s + t->piece[i].at, text, strlen(text));
-}
-
-/* As piece_is, for any word of "one two three"; letters in either case. */
-static bool piece_in(const Text *t, int i, const char *words) {
-    if (i < 0 || i >= t->n || t->piece[i].kind == BREAK) return false;
-    int len = t->piece[i].len;
-    for (const char *w = words; *w;) {
-        int n = (int)strcspn(w, " ");
-        if (n == len && !strncasecmp(w, t->s + t->piece[i].at, (size_t)n)) return true;
-        w += n + (w[n] == ' ');
-    }
-    return false;
-}
-
-static bool is_capital(const Text *t, int i) { return is_upper(t->s[t->piece[i].at]); }
-
-static unsigned pos_of(const Text *t, int i) { return i >= 0 && i < t->n ? t->piece[i].known.pos : 0; }
 
 /* ------------------------------------------------------------------------------------------------ writing */
 
@@ -430,23 +98,21 @@ static void quote(const Text *t, int from, int to, bool tail, char out[QUOTE_ROO
     for (int m = 0; m < COUNT(marks); m++) {
         int clear = to;
         for (int i = to - 1; i >= from; i--) {
-            bool is = !strncmp(t->s + i, marks[m][0], strlen(marks[m][0])) || !strncmp(t->s + i, marks[m][1], strlen(marks[m][1]));
+            bool is =
+                !strncmp(t->s + i, marks[m][0], strlen(marks[m][0])) || !strncmp(t->s + i, marks[m][1], strlen(marks[m][1]));
             if (is) break;
             if (((unsigned char)t->s[i] & 0xC0) != 0x80) clear = i;
         }
         if (clear < start) best = m, start = clear;
     }
     while (start < to && is_space(t->s[start])) start++;
-    int n = 0;
-    n += (int)strlen(strcpy(out, marks[best][0]));
+    int n = (int)(stpcpy(out, marks[best][0]) - out);
     for (int i = start; i < to; i++) {
         if (is_space(t->s[i]) && i > start && is_space(t->s[i - 1])) continue;
         out[n++] = is_space(t->s[i]) ? ' ' : t->s[i];
     }
-    strcpy(out + n, marks[best][1]);
+    stpcpy(out + n, marks[best][1]);
 }
-
-static int piece_end(const Text *t, int i) { return t->piece[i].at + t->piece[i].len; }
 
 /* Quotes the pieces from i on: at most `words` words, not past the line break, not past piece `stop`. */
 static void quote_pieces(const Text *t, int i, int stop, int words, char out[QUOTE_ROOM]) {
@@ -461,118 +127,14 @@ static void quote_pieces(const Text *t, int i, int stop, int words, char out[QUO
 
 static void append(char *list, size_t room, const char *text) {
     size_t n = strlen(list);
-    if (n + strlen(text) < room) strcpy(list + n, text);
-}
-
-/* ------------------------------------------------------------------------------------------------ code, or prose */
-
-static bool line_starts(const char *line, int len, const char *words) {
-    for (const char *w = words; *w;) {
-        int n = (int)strcspn(w, "|");
-        if (n <= len && !memcmp(line, w, (size_t)n)) return true;
-        w += n + (w[n] == '|');
-    }
-    return false;
-}
-
-static bool line_has(const char *line, int len, const char *words) {
-    for (const char *w = words; *w;) {
-        size_t n = strcspn(w, "|");
-        if (n && memmem(line, (size_t)len, w, n)) return true;
-        w += n + (w[n] == '|');
-    }
-    return false;
-}
-
-/* What the line s[0..len) is: 1 code, 0 words, -1 neither (blank, or a comment that says nothing of itself). */
-static int line_is_code(const char *s, int len) {
-    while (len && is_space(*s)) s++, len--;
-    while (len && is_space(s[len - 1])) len--;
-    if (!len) return -1;
-    if (line_starts(s, len, "//|/*|* |*/|** ")) return -1;
-    if (line_starts(s, len, "int |char |bool |const |#include|#define|#if|#endif|#else|#!/|>>> |def |elif |my $|my @|my (|static |extern |typedef |struct "
-                            "|const char|unsigned |@@|$ |INSERT INTO|CREATE TABLE|SELECT |ALTER TABLE|sudo |printf(|} else|except "
-                            "|try:|else:|=cut|self.|return (|return;|use strict|git |import sys|import os"))
-        return 1;
-    int symbols = 0, letters = 0, gaps = 0;
-    for (int i = 0; i < len; i++) {
-        symbols += strchr("(){}[]=;<>$@&|*+\\_#%/", s[i]) != NULL;
-        letters += is_lower(s[i]) || is_upper(s[i]);
-        gaps += s[i] == ' ';
-    }
-    bool call = line_has(s, len, "(") && line_has(s, len, "()|(\"|('|(self|);|):|(&|(*|($");
-    bool strong = line_has(s, len, " = |==|!=|->|::|+=|&&| => |$(|);|};|\\n\"") || call;
-    bool end = strchr(";{}\\", s[len - 1]) || line_has(s + len - 1, 1, ",") ? symbols > 1 : false;
-    if (strchr("{}", s[len - 1]) && len < 4) return 1;
-    if (s[len - 1] == ';' && (symbols > 2 || (gaps < 1 && len > 3))) return 1;
-    if (line_starts(s, len, "if |for |while |return |class |import |from |with |for(|if(|while(|raise |assert ") &&
-        (s[len - 1] == ':' || s[len - 1] == '{' || symbols > 2))
-        return 1;
-    if (line_starts(s, len, "return |raise |break|continue|pass|yield ") && gaps < 4 && s[len - 1] != '.') return 1;
-    int weight = symbols * 100 / (letters + symbols + 1);
-    return (strong && weight > 6 && gaps < 14) || (end && weight > 10 && gaps < 12) || (weight > 22 && letters > 7);
-}
-
-/* Sets code, in_code and comment from the lines. The last line counts by itself only when there is enough of it. */
-static void judge_lines(Text *t) {
-    int code = 0, words = 0, recent = 0;
-    bool block = false, wordy = false;
-    for (int at = 0; at < t->len;) {
-        const char *s = t->s + at, *newline = memchr(s, '\n', (size_t)(t->len - at));
-        int len = newline ? (int)(newline - s) : t->len - at;
-        int is = line_is_code(s, len), gaps = 0;
-        for (int i = 1; i < len; i++) gaps += s[i] == ' ' && s[i - 1] != ' ';
-        bool cut = at == 0 && !t->whole;
-        if (!cut) code += is > 0, words += is == 0;
-        if (is >= 0 && !cut) recent = ((recent << 1) | is) & 7;
-        const char *open = memmem(s, (size_t)len, "/*", 2), *close = memmem(s, (size_t)len, "*/", 2);
-        if (open || close) block = open && (!close || close < open);
-        t->in_code = is > 0;
-        wordy = is == 0 && gaps > 6;
-        t->comment = block || (is < 0 && line_has(s, len, "//")) || line_has(s, len, " # | // ") || line_starts(s, len, "# |// ");
-        at += len + 1;
-    }
-    t->code = code > words;
-    t->examples = !t->code && code > 2 && code * 6 > words;
-    t->in_code = t->in_code || (t->code && recent && !wordy);
-    t->comment = t->comment && t->code;
-    if (t->comment) t->in_code = false;
-}
-
-static const struct {
-    const char *language, *cues;
-} languages[] = {
-    {"C", "#include|#define|#ifdef|#endif|->|/* | */|struct |int |char |void |static |size_t|const |;\n|);\n|{\n|}\n|NULL|#if "},
-    {"C++", "std::|template|typename|namespace |operator|_M_|::|nullptr|class |const |;\n|);\n|{\n|}\n|&|<<|#include|public:|void "},
-    {"Python", "def |self.|import |elif |None|True|False|>>>|:\n|\"\"\"|__init__|except |print(|lambda |raise |return |[|'"},
-    {"Perl", "my $|=head|=item|@_|$_|qw(|=~|sub |use strict|->{|=cut|L<|C<|print \"|=over|foreach |@{"},
-    {"shell", "#!/bin|$ |fi\n|done\n|echo |sudo |apt|grep |export |esac|${|$1|||  ||# |git |--|cat |cp |mount "},
-    {"SQL", "SELECT |FROM |WHERE |INSERT |CREATE |TABLE |VALUES|INTEGER|text|ALTER |UPDATE |JOIN |NULL|;\n"},
-    {"markup", "</|/>|<div|<a |<p>|<!--|=\"|xmlns|<?xml|&lt;|<td|<span"},
-    {"configuration", "[| = |\n[|: |# |true|false|yes\n|no\n|=|enable|config"},
-};
-
-/* The language whose cues are commonest in the text. */
-static const char *language_of(const Text *t) {
-    int best = 0, most = -1;
-    for (int i = 0; i < COUNT(languages); i++) {
-        int found = 0;
-        for (const char *cue = languages[i].cues; *cue;) {
-            size_t n = strcspn(cue, "|");
-            int times = 0;
-            const char *at = n ? t->s : NULL;
-            while (at && times < 4 && (at = memmem(at, (size_t)(t->s + t->len - at), cue, n))) at += n, times++;
-            found += times;
-            cue += n + (cue[n] == '|');
-        }
-        if (found > most) most = found, best = i;
-    }
-    return languages[best].language;
+    if (n + strlen(text) < room) stpcpy(list + n, text);
 }
 
 /* ------------------------------------------------------------------------------------------------ subject, form, register */
 
+/* A subject's name is said when one of the words it needs is there; and of code not that it is about its own language. */
 static bool may_name(const Text *t, int domain) {
+    if (t->code && strstr(domains[domain].name, " language|")) return false;
     bool may = !domains[domain].needs;
     for (int i = 0; i < t->n && !may; i++) {
         may = (t->piece[i].known.domains >> domain & 1) && piece_in(t, i, domains[domain].needs);
@@ -585,10 +147,10 @@ static bool may_name(const Text *t, int domain) {
 static void find_subjects(const Text *t, int subject[2], double score[2]) {
     double sum[COUNT(domains)] = {0};
     int kinds[COUNT(domains)] = {0};
-    unsigned char times[COUNT(lexicon)] = {0};
+    unsigned char times[1 << 13] = {0};
     for (int i = 0; i < t->n; i++) {
         uint64_t set = t->piece[i].known.domains;
-        int before = set ? times[t->piece[i].hash % COUNT(lexicon)]++ : 3;
+        int before = set ? times[t->piece[i].hash % COUNT(times)]++ : 3;
         if (before > 2) continue;
         double weight = 1.0 / __builtin_popcountll(set) * (t->piece[i].known.pos & (P_DULL | P_COMMON) ? 0.5 : 1);
         for (uint64_t left = set; left; left &= left - 1) {
@@ -600,7 +162,8 @@ static void find_subjects(const Text *t, int subject[2], double score[2]) {
         subject[k] = -1;
         score[k] = 0;
         for (int d = 0; d < COUNT(domains); d++) {
-            if (sum[d] > score[k] && kinds[d] > 2 && may_name(t, d) && (k == 0 || d != subject[0])) subject[k] = d, score[k] = sum[d];
+            if (sum[d] > score[k] && kinds[d] > 2 && may_name(t, d) && (k == 0 || d != subject[0]))
+                subject[k] = d, score[k] = sum[d];
         }
     }
 }
@@ -618,9 +181,9 @@ static int leading(const char *s, int len) {
 
 static bool is_bullet(const char *s, int len) {
     if (len > 2 && strchr("-*+o", s[0]) && s[1] == ' ' && s[2] != ' ') return true;
-    int n = s[0] == '(' ? 1 : 0;
+    int from = s[0] == '(' ? 1 : 0, n = from;
     while (n < len && n < 4 && is_digit(s[n])) n++;
-    return n > (s[0] == '(') && n + 1 < len && (s[n] == '.' || s[n] == ')') && s[n + 1] == ' ';
+    return n > from && n + 1 < len && (s[n] == '.' || s[n] == ')') && s[n + 1] == ' ';
 }
 
 static Lines count_lines(const Text *t) {
@@ -638,9 +201,11 @@ static Lines count_lines(const Text *t) {
         l.attribution += len > 6 && !memcmp(s, "-- ", 3) && is_upper(s[3]);
         l.directive += line_starts(s, len, ".. ") || line_has(s, len, ":meth:`|:func:`|:class:`|:mod:`|:ref:`|:c:");
         l.pod += line_starts(s, len, "=head|=item|=over|=back") || line_has(s, len, "C<|L<|F<|B<");
-        l.term += line_has(s, len, "[1913 Webster]|[WordNet|[PJC]|Syn: |, n. |, a. |, v. t. |, n.:|, adj.|<programming|<hardware"
-                                   "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. |), n.|), a.|), v. |, adv. |(Zool.)|(Bot.)|(Med.)|"
-                                   "[imp. & p. p.|n. pl.|[Obs.]|, n. [|, a. [|(Naut.)|(Chem.)|(Anat.)|> A |> An |> The |> [") ||
+        l.term += line_has(s, len,
+                           "[1913 Webster]|[WordNet|[PJC]|Syn: |, n. |, a. |, v. t. |, n.:|, adj.|<programming|<hardware"
+                           "|<networking|<operating|<language|<communications|See also {|Compare {|See {|: n. |: adj. |), n.|), "
+                           "a.|), v. |, adv. |(Zool.)|(Bot.)|(Med.)|"
+                           "[imp. & p. p.|n. pl.|[Obs.]|, n. [|, a. [|(Naut.)|(Chem.)|(Anat.)|> A |> An |> The |> [") ||
                   line_starts(s, len, ":");
         l.dialogue += (line_has(s, len, "!|?|...") && line_has(s, len, "you|You|I |my |we |We |us ")) || s[0] == '"';
         l.manual += skip == 0 && len < 14 &&
@@ -684,16 +249,20 @@ static const char *form_of(const Text *t, const Lines *l, const Voice *v, const 
     if (t->code && !strcmp(language, "SQL")) return "SQL statements|SQL code and its output";
     if (t->code && !strcmp(language, "markup")) return "markup|text in a markup language";
     if (t->code) return "code or configuration|a listing, code or configuration";
-    if (l->directive * 9 > l->all && l->directive > 1) return "reference documentation in reStructuredText|a reference manual with role markup";
+    if (l->directive * 9 > l->all && l->directive > 1)
+        return "reference documentation in reStructuredText|a reference manual with role markup";
     if (l->term * 14 > l->all && l->term > 1) return "dictionary entries|entries of a dictionary|a glossary or dictionary";
     if (l->option * 9 > l->all && l->option > 1) return "a reference of options|a manual page listing options";
     if (l->manual) return "a manual page|documentation of the manual-page kind";
-    if (l->attribution * 14 > l->all && l->attribution > 1) return "short quotations with their authors|a collection of quotations";
+    if (l->attribution * 14 > l->all && l->attribution > 1)
+        return "short quotations with their authors|a collection of quotations";
     int spoken = v->i + v->you + v->we;
-    if (v->words > 30 && spoken * 18 > v->words && (l->dialogue * 4 > l->all || (v->question + v->shout) * 25 > v->words)) return "dialogue|spoken lines|people talking";
+    if (v->words > 30 && spoken * 18 > v->words && (l->dialogue * 4 > l->all || (v->question + v->shout) * 25 > v->words))
+        return "dialogue|spoken lines|people talking";
     if (l->table * 2 > l->all && l->all > 4) return "a table or listing|tabular text";
     if (l->bullet * 6 > l->all && l->bullet > 2) return "a list of points|prose broken into list items";
-    if (spoken * 14 > v->words && (v->i + v->we) * 35 > v->words) return "speech or a personal account|someone speaking or writing of themselves";
+    if (spoken * 14 > v->words && (v->i + v->we) * 35 > v->words)
+        return "speech or a personal account|someone speaking or writing of themselves";
     if (v->you * 40 > v->words || v->must * 45 > v->words) return "instructions|a guide for the reader|directions";
     if ((v->they + v->i) * 25 > v->words && v->past * 30 > v->words) return "narrative prose|a narrative|an account of events";
     return "explanatory prose|expository prose|plain exposition";
@@ -703,9 +272,13 @@ static const char *register_of(const Voice *v) {
     bool past = v->past > v->present + 2, present = v->present > 2 * v->past + 2;
     if (v->you * 40 > v->words && v->i * 40 > v->words) return "from I to you|in the first person to a listener";
     if (v->you * 40 > v->words) return "addressing the reader as you|speaking to a you";
-    if (v->we * 40 > v->words) return past ? "in the plural we, of the past|in the first person plural, past tense" : "in the first person plural|speaking as we";
+    if (v->we * 40 > v->words)
+        return past ? "in the plural we, of the past|in the first person plural, past tense"
+                    : "in the first person plural|speaking as we";
     if (v->i * 35 > v->words) return past ? "in the first person, past tense" : "in the first person|said by an I";
-    if (v->they * 30 > v->words) return past ? "in the third person, past tense|telling of persons in the past" : "in the third person|telling of him, her or them";
+    if (v->they * 30 > v->words)
+        return past ? "in the third person, past tense|telling of persons in the past"
+                    : "in the third person|telling of him, her or them";
     if (v->question * 60 > v->words && v->question > 1) return "full of questions|with several questions";
     if (v->must * 50 > v->words) return "in terms of duty and rule|prescriptive";
     if (past) return "impersonal, in the past tense|told in the past tense";
@@ -758,7 +331,8 @@ static void write_subject(Writer *w, const Text *t) {
     Voice voice = hear(t);
     const char *other = foreign_of(t);
     if (other) {
-        say(w, "this is mostly in %1, not English|most of it is in %1 rather than English|the text is written in %1", other, NULL);
+        say(w, "this is mostly in %1, not English|most of it is in %1 rather than English|the text is written in %1", other,
+            NULL);
         end_sentence(w, 0, 0);
         return;
     }
@@ -770,7 +344,7 @@ static void write_subject(Writer *w, const Text *t) {
         say(w, sure ? " on | about | concerned with " : ", apparently on |, probably about |, it seems on ", NULL, NULL);
         say(w, domains[subject[0]].name, NULL, NULL);
         if (score[1] > 4 && score[1] > 0.6 * score[0]) {
-            say(w, ", touching on | with some | and also ", NULL, NULL);
+            say(w, ", touching on | and also |, and besides on ", NULL, NULL);
             say(w, domains[subject[1]].name, NULL, NULL);
         }
     }
@@ -891,65 +465,6 @@ static void write_topics(Writer *w, const Text *t) {
     end_sentence(w, 0, 5);
 }
 
-/* ------------------------------------------------------------------------------------------------ the last sentence */
-
-static bool is_sentence_end(const Text *t, int i) {
-    if (!piece_in(t, i, ". ! ? ...") || t->piece[i].first || (i > 0 && t->piece[i - 1].first && t->piece[i - 1].kind == NUMBER)) return false;
-    bool numbered = i > 1 && t->piece[i - 1].kind == NUMBER &&
-                    piece_in(t, i - 2, "table figure section chapter fig example part version no step");
-    if (numbered) return false;
-    bool initial = i > 0 && t->piece[i - 1].kind == WORD && t->piece[i - 1].len == 1 && !piece_is(t, i - 1, "I");
-    return piece_in(t, i, "! ?") || !(initial || piece_in(t, i - 1, "mr mrs dr st vs eg ie cf etc al vol pp fig no see"));
-}
-
-static bool is_list_mark(const Text *t, int i) {
-    if (i < 0 || i + 1 >= t->n || !t->piece[i].first) return false;
-    if (piece_in(t, i, "- * + \u2022 o")) return t->piece[i + 1].spaced;
-    bool counter = t->piece[i].kind == NUMBER && t->piece[i].len < 4;
-    return counter && piece_in(t, i + 1, ". )") && i + 2 < t->n && t->piece[i + 2].spaced;
-}
-
-static bool opens_sentence(const Text *t, int i) {
-    if (i == 0 || (t->piece[i - 1].kind == BREAK && t->piece[i - 1].lines > 1) || is_list_mark(t, i)) return true;
-    if (t->in_code && t->piece[i].first) return true;
-    int before = i - 1 - (t->piece[i - 1].kind == BREAK);
-    bool closed = before > 0 && piece_in(t, before, "\" ) ''") && is_sentence_end(t, before - 1);
-    bool apart = t->piece[i].spaced || t->piece[i].first;
-    bool opener = is_capital(t, i) || t->piece[i].kind == NUMBER || piece_in(t, i, "\" ( `` \u201c `");
-    return apart && opener && (closed || (before >= 0 && is_sentence_end(t, before)));
-}
-
-static void find_sentence(Text *t) {
-    int i = t->last;
-    while (i > 0 && (t->piece[i].kind == BREAK || !opens_sentence(t, i))) i--;
-    t->sentence = i > 0 ? i : 0;
-    while (t->sentence < t->last && !is_list_mark(t, t->sentence) && piece_in(t, t->sentence, "/* /** * ** # // // --- ; : , ) .")) {
-        t->sentence += 1 + (t->piece[t->sentence + 1].kind == BREAK);
-    }
-}
-
-static int words_between(const Text *t, int from, int to) {
-    int n = 0;
-    for (int i = from; i <= to && i < t->n; i++) n += t->piece[i].kind != BREAK && (i == from || t->piece[i].spaced || t->piece[i].first);
-    return n;
-}
-
-/* A verb that can carry a sentence, after piece `from`: 1 there is one, 0 none, -1 some word may be one. */
-static int has_verb(const Text *t, int from, int to) {
-    int may = 0;
-    for (int i = from; i <= to; i++) {
-        unsigned pos = pos_of(t, i), before = i > from ? pos_of(t, i - 1) : 0;
-        bool nominal = (before & (P_DET | P_POSS | P_PREP)) || piece_in(t, i - 1, "the a an");
-        if (t->piece[i].kind != WORD) continue;
-        if (!nominal && (pos & (P_BE | P_HAVE | P_DO | P_MODAL)) && !piece_in(t, i, "be been being am having")) return 1;
-        if (!nominal && (pos & P_PAST) && !(pos & P_PART)) return 1;
-        if ((pos & (P_VERB | P_S)) && (before & P_SUBJ)) return 1;
-        if (pos & (P_VERB | P_S | P_ED | P_PAST | P_PART)) may = -1;
-        if (!pos) may = -1;
-    }
-    return may;
-}
-
 /* ------------------------------------------------------------------------------------------------ what is open */
 
 typedef struct {
@@ -979,7 +494,7 @@ static Open find_open(const Text *t) {
         const Piece *p = &t->piece[i];
         bool last = i + 1 >= t->n, closing = !last && (t->piece[i + 1].spaced || t->piece[i + 1].kind == BREAK);
         if (p->kind == BREAK) {
-            bool triple = o.quote >= 0 && t->piece[o.quote].len == 3;
+            bool triple = o.quote >= 0 && piece_is(t, o.quote, "\"\"\"");
             if (p->lines > 1 && !t->code) o.n = 0;
             if ((p->lines > 1 || t->code) && !triple) o.quote = -1;
             if (p->lines > 1) o.tick = -1;
@@ -988,7 +503,9 @@ static Open find_open(const Text *t) {
         bool mark = piece_is(t, i, "\"") || piece_is(t, i, "\"\"\"");
         if (mark && o.quote >= 0) {
             if (t->piece[o.quote].len == p->len) o.quote = -1;
-        } else if (piece_is(t, i, "\u201c") || (mark && (t->code || p->len == 3 || (!closing && (p->spaced || p->first || piece_in(t, i - 1, "( [ { --")))))) {
+        } else if (piece_is(t, i, "\u201c") ||
+                   (mark &&
+                    (t->code || p->len == 3 || (!closing && (p->spaced || p->first || piece_in(t, i - 1, "( [ { --")))))) {
             o.quote = i;
         } else if (piece_is(t, i, "\u201d")) {
             o.quote = -1;
@@ -1023,7 +540,9 @@ static bool write_bracket(Writer *w, const Text *t, const Open *o) {
     if (brace && t->code && head >= 0) {
         quote_pieces(t, line_start(t, head), head, 9, from);
         if (o->n > 1) snprintf(depth, sizeof depth, ", %d deep", o->n);
-        say(w, "the block that %1 opened is still open%2|it is inside the braces after %1, not closed%2|it is in the block of %1%2", from, depth);
+        say(w,
+            "the block that %1 opened is still open%2|it is inside the braces after %1, not closed%2|it is in the block of %1%2",
+            from, depth);
         return true;
     }
     bool joined = b > 0 && !t->piece[b].spaced && !t->piece[b].first && t->piece[b - 1].kind == WORD;
@@ -1041,10 +560,12 @@ static bool write_quotation(Writer *w, const Text *t, const Open *o) {
     char from[QUOTE_ROOM];
     if (o->quote >= 0 && o->quote < t->last) {
         quote_pieces(t, t->piece[o->quote + 1].kind == BREAK ? o->quote : o->quote + 1, t->last, 5, from);
-        bool triple = t->piece[o->quote].len == 3;
-        say(w, triple ? "a triple-quoted string or docstring that began with %1 is open|it is inside a docstring opened with %1"
-               : t->code ? "a string literal that began with %1 is open|it is inside a string opened with %1"
-                         : "a quotation that began with %1 is still open|it is inside quotation marks, opened at %1|the quoted speech or title from %1 is not closed",
+        bool triple = piece_is(t, o->quote, "\"\"\"");
+        say(w,
+            triple    ? "a triple-quoted string or docstring that began with %1 is open|it is inside a docstring opened with %1"
+            : t->code ? "a string literal that began with %1 is open|it is inside a string opened with %1"
+                      : "a quotation that began with %1 is still open|it is inside quotation marks, opened at %1|the quoted "
+                        "speech or title from %1 is not closed",
             from, NULL);
         return true;
     }
@@ -1055,11 +576,13 @@ static bool write_quotation(Writer *w, const Text *t, const Open *o) {
 }
 
 static bool write_correlative(Writer *w, const Text *t) {
-    static const char *const pair[][2] = {{"both", "and"}, {"either", "or"}, {"neither", "nor"}, {"between", "and"}, {"whether", "or"},
-                                          {"only", "but"}};
+    static const char *const pair[][2] = {{"both", "and"},    {"either", "or"},  {"neither", "nor"},
+                                          {"between", "and"}, {"whether", "or"}, {"only", "but"}};
     for (int i = t->last - 1; i >= t->sentence && i > t->last - 18; i--) {
         for (int k = 0; k < COUNT(pair); k++) {
-            if (!piece_in(t, i, pair[k][0]) || t->piece[i + 1].kind != WORD || piece_in(t, i + 1, "of them these those each is are was were")) continue;
+            if (!piece_in(t, i, pair[k][0]) || t->piece[i + 1].kind != WORD ||
+                piece_in(t, i + 1, "of them these those each is are was were"))
+                continue;
             if (k == 5 && !piece_in(t, i - 1, "not")) continue;
             bool done = false;
             for (int j = i + 1; j <= t->last; j++) done |= piece_in(t, j, pair[k][1]) || (k != 4 && piece_in(t, j, "; :"));
@@ -1078,7 +601,9 @@ static bool write_correlative(Writer *w, const Text *t) {
 /* "If ..." at the head of the sentence, or after its list mark. */
 static bool write_subordinate(Writer *w, const Text *t) {
     int from = t->sentence + (is_list_mark(t, t->sentence) ? 1 + (t->piece[t->sentence].kind == NUMBER) : 0), comma = -1;
-    if (from >= t->last || !(pos_of(t, from) & P_SUB) || piece_in(t, from, "that so whereas yet where than") || is_sentence_end(t, t->last)) return false;
+    if (from >= t->last || !(pos_of(t, from) & P_SUB) || piece_in(t, from, "that so whereas yet where than") ||
+        is_sentence_end(t, t->last))
+        return false;
     for (int i = from, depth = 0; i <= t->last; i++) {
         depth += piece_in(t, i, "( [") - piece_in(t, i, ") ]");
         if ((piece_is(t, i, ",") && depth <= 0) || piece_in(t, i, "then")) comma = i;
@@ -1088,11 +613,18 @@ static bool write_subordinate(Writer *w, const Text *t) {
     quote_pieces(t, from, comma > from ? comma - 1 : t->last, 5, head);
     bool condition = piece_in(t, from, "if unless");
     if (comma < 0) {
-        say(w, condition ? "the sentence opened with a condition, %1, and its consequence is still to come|the condition begun with %1 still waits for its consequence"
-                         : "the sentence opened with %1, and its main clause is still to come|the opening %1 still waits for the main clause", head, NULL);
+        say(w,
+            condition ? "the sentence opened with a condition, %1, and its consequence is still to come|the condition begun with "
+                        "%1 still waits for its consequence"
+                      : "the sentence opened with %1, and its main clause is still to come|the opening %1 still waits for the "
+                        "main clause",
+            head, NULL);
     } else if (t->last - comma < 10) {
-        say(w, comma == t->last ? "the opening %1 has just ended and the main clause begins|after the opening %1 the main clause is due"
-                                : "after the opening %1 the main clause is under way|the main clause, after %1, has just begun", head, NULL);
+        say(w,
+            comma == t->last
+                ? "the opening %1 has just ended and the main clause begins|after the opening %1 the main clause is due"
+                : "after the opening %1 the main clause is under way|the main clause, after %1, has just begun",
+            head, NULL);
     }
     return comma < 0 || t->last - comma < 10;
 }
@@ -1113,7 +645,8 @@ static bool write_relative(Writer *w, const Text *t) {
 static bool write_series(Writer *w, const Text *t) {
     int commas = 0, last = -1, first = -1, i;
     for (i = t->last; i >= t->sentence; i--) {
-        if (t->piece[i].kind == BREAK || !piece_is(t, i, ",")) continue;
+        if (piece_is(t, i, "\"")) break;
+        if (!piece_is(t, i, ",")) continue;
         if ((last < 0 ? t->last - i : first - i) > 5) break;
         if (last < 0) last = i;
         first = i;
@@ -1144,7 +677,8 @@ static bool write_item(Writer *w, const Text *t) {
 static bool write_heading(Writer *w, const Text *t) {
     int at = line_start(t, t->last), blank = at > 0 && t->piece[at - 1].kind == BREAK && t->piece[at - 1].lines > 1;
     int end = t->n - 1, words = words_between(t, at, t->last);
-    bool rule = piece_in(t, t->last, "--- ---- ----- ====== ==== === ~~~~ ....") || (t->piece[t->last].len > 3 && t->piece[t->last].kind == MARK);
+    bool rule = piece_in(t, t->last, "--- ---- ----- ====== ==== === ~~~~ ....") ||
+                (t->piece[t->last].len > 3 && t->piece[t->last].kind == MARK);
     if (t->in_code || rule || words > 8 || (at > 0 && !blank) || !is_capital(t, at) || t->piece[at].kind != WORD) return false;
     if (t->piece[end].kind != BREAK || t->piece[end].lines < 2 || piece_in(t, t->last, ". , ; : ! ?")) return false;
     char line[QUOTE_ROOM];
@@ -1155,7 +689,10 @@ static bool write_heading(Writer *w, const Text *t) {
 
 static bool write_comment(Writer *w, const Text *t) {
     if (!t->comment && !(t->in_code && !t->code)) return false;
-    say(w, t->comment ? "it is inside a comment of the code|this is a comment in the code" : "the last line looks like code|the end stands in a line that looks like code", NULL, NULL);
+    say(w,
+        t->comment ? "it is inside a comment of the code|this is a comment in the code"
+                   : "the last line looks like code|the end stands in a line that looks like code",
+        NULL, NULL);
     return true;
 }
 
@@ -1181,31 +718,48 @@ static bool write_block(Writer *w, const Text *t) {
 static void write_stage(Writer *w, const Text *t) {
     char head[QUOTE_ROOM], count[16];
     int from = t->sentence, words = words_between(t, from, t->last);
-    bool ended = is_sentence_end(t, t->last) || (t->last > 0 && piece_in(t, t->last, "\" ) \u201d") && is_sentence_end(t, t->last - 1));
+    bool ended =
+        is_sentence_end(t, t->last) || (t->last > 0 && piece_in(t, t->last, "\" ) \u201d") && is_sentence_end(t, t->last - 1));
     snprintf(count, sizeof count, "%d", words);
     quote_pieces(t, from, t->last, 4, head);
     bool far = t->piece[from].at < w->quoted_from && words > 4;
     if (t->in_code && t->last < t->n - 1) {
         say(w, "the line has ended|the last line of code is complete", NULL, NULL);
     } else if (t->in_code) {
-        say(w, far ? "the line, begun %1, goes on|the current line began %1"
-               : words < 2 ? "the line has only begun|the line is at its first part" : "the line has %2 parts so far|there are %2 parts on the line so far", head, count);
+        say(w,
+            far         ? "the line, begun %1, goes on|the current line began %1"
+            : words < 2 ? "the line has only begun|the line is at its first part"
+                        : "the line has %2 parts so far|there are %2 parts on the line so far",
+            head, count);
     } else if (ended && t->spaces + (t->n - 1 > t->last) >= 0) {
-        say(w, far ? "a sentence of %2 words, begun %1, has just ended|the sentence that began %1 is complete, after %2 words"
-                   : words == 1 ? "a sentence of one word has just ended" : "a sentence of %2 words has just ended|a sentence, %2 words long, is complete", head, count);
+        say(w,
+            far ? "a sentence of %2 words, begun %1, has just ended|the sentence that began %1 is complete, after %2 words"
+            : words == 1 ? "a sentence of one word has just ended"
+                         : "a sentence of %2 words has just ended|a sentence, %2 words long, is complete",
+            head, count);
     } else if (words < 4) {
-        say(w, words < 2 ? "a new sentence or line has just begun|the sentence is at its first word" : "the sentence or line is only %2 words old|it has just begun, %2 words so far", head, count);
+        say(w,
+            words < 2 ? "a new sentence or line has just begun|the sentence is at its first word"
+                      : "the sentence or line is only %2 words old|it has just begun, %2 words so far",
+            head, count);
     } else {
         int verb = has_verb(t, from, t->last);
-        say(w, far ? "the sentence began %1, %2 words back|%2 words back the sentence opened with %1" : "the sentence is %2 words long so far|the sentence has %2 words so far", head, count);
-        say(w, verb == 1 ? "; its verb has come|, its verb included" : verb == 0 ? "; no verb has come yet|, without a verb so far" : "", NULL, NULL);
+        say(w,
+            far ? "the sentence began %1, %2 words back|%2 words back the sentence opened with %1"
+                : "the sentence is %2 words long so far|the sentence has %2 words so far",
+            head, count);
+        say(w,
+            verb == 1   ? "; its verb has come|, its verb included"
+            : verb == 0 ? "; no verb has come yet|, without a verb so far"
+                        : "",
+            NULL, NULL);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------ the last words */
 
-/* The piece where the `most` words that end with piece `end` begin; fewer when they are long, or when a clause begins between, and
- * two thirds of them are had. */
+/* The piece where the `most` words that end with piece `end` begin; fewer when they are long, or when a clause begins
+ * between and two thirds of them are had. */
 static int words_back(const Text *t, int end, int most) {
     int words = 0, clause = -1, start = end;
     for (int i = end; i >= 0; i--) {
@@ -1227,7 +781,8 @@ static void write_open(Writer *w, const Text *t) {
     Open o = find_open(t);
     w->quoted_from = t->piece[from].at;
     quote(t, t->piece[from].at, piece_end(t, t->last), true, last);
-    say(w, "the last words are %1|it has just said %1|it breaks off after %1|the end reads %1|the text runs up to %1", last, NULL);
+    say(w, "the last words are %1|it has just said %1|it breaks off after %1|the end reads %1|the text runs up to %1", last,
+        NULL);
     end_sentence(w, 1, 0);
     int end = previous(t, from);
     if (end >= 0) {
@@ -1259,31 +814,87 @@ static void write_open(Writer *w, const Text *t) {
 /* ------------------------------------------------------------------------------------------------ the last token */
 
 typedef enum {
-    R_DEFINITE, R_INDEFINITE, R_DEMONSTRATIVE, R_POSSESSIVE, R_HER, R_DETERMINER, R_PREPOSITION, R_OF, R_PARTICLE, R_TO, R_COORDINATOR,
-    R_SUBORDINATOR, R_PREP_OR_CONJ, R_RELATIVE, R_THAT, R_SUBJECT, R_OBJECT, R_PRONOUN, R_BE, R_HAVE, R_DO, R_MODAL, R_NOT,
-    R_NUMERAL, R_ADVERB, R_ADJECTIVE, R_ADJ_OR_NOUN, R_VERB, R_TAKES, R_IMPERATIVE, R_VERB_S, R_PAST, R_PARTICIPLE, R_ED, R_ING, R_NOUN,
-    R_PLURAL, R_NOUN_OR_VERB, R_DATE, R_NAME, R_ACRONYM, R_INTERJECTION, R_KEYWORD, R_IDENTIFIER, R_PART_OF_NAME, R_ADDRESS, R_RARE, R_LETTERS, R_SCRIPT, R_NUMBER, R_CONSTANT,
+    R_DEFINITE,
+    R_INDEFINITE,
+    R_DEMONSTRATIVE,
+    R_POSSESSIVE,
+    R_HER,
+    R_DETERMINER,
+    R_PREPOSITION,
+    R_OF,
+    R_PARTICLE,
+    R_TO,
+    R_COORDINATOR,
+    R_SUBORDINATOR,
+    R_PREP_OR_CONJ,
+    R_RELATIVE,
+    R_THAT,
+    R_SUBJECT,
+    R_OBJECT,
+    R_PRONOUN,
+    R_BE,
+    R_HAVE,
+    R_DO,
+    R_MODAL,
+    R_NOT,
+    R_NUMERAL,
+    R_ADVERB,
+    R_ADJECTIVE,
+    R_ADJ_OR_NOUN,
+    R_VERB,
+    R_TAKES,
+    R_IMPERATIVE,
+    R_VERB_S,
+    R_PAST,
+    R_PARTICIPLE,
+    R_ED,
+    R_ING,
+    R_NOUN,
+    R_PLURAL,
+    R_NOUN_OR_VERB,
+    R_DATE,
+    R_NAME,
+    R_ACRONYM,
+    R_INTERJECTION,
+    R_KEYWORD,
+    R_IDENTIFIER,
+    R_PART_OF_NAME,
+    R_ADDRESS,
+    R_RARE,
+    R_LETTERS,
+    R_SCRIPT,
+    R_NUMBER,
+    R_CONSTANT,
 } Role;
 
 static const struct {
     const char *name, *next;
 } roles[] = {
-    [R_DEFINITE] = {"the definite article", "a noun is due, or an adjective before it|its noun, perhaps after an adjective, comes next"},
-    [R_INDEFINITE] = {"the indefinite article", "a singular noun or its adjective is due|a new singular noun comes next, perhaps described first"},
+    [R_DEFINITE] = {"the definite article",
+                    "a noun is due, or an adjective before it|its noun, perhaps after an adjective, comes next"},
+    [R_INDEFINITE] = {"the indefinite article",
+                      "a singular noun or its adjective is due|a new singular noun comes next, perhaps described first"},
     [R_DEMONSTRATIVE] = {"a demonstrative", "either its noun or a verb follows|the noun it points to, or a verb, comes next"},
     [R_POSSESSIVE] = {"a possessive", "the thing owned should follow, as a noun|a noun, perhaps described, is due"},
     [R_HER] = {"a pronoun, object or possessive", "a noun follows if it is possessive, else the clause goes on"},
     [R_DETERMINER] = {"a determiner or quantifier", "the noun it counts, or of, may follow|a noun, or of, is likely next"},
     [R_PREPOSITION] = {"a preposition", "its object is due, a noun phrase|a noun phrase should follow as its object"},
-    [R_OF] = {"the preposition of possession or kind", "a noun phrase is due|what it belongs to should come next, as a noun phrase"},
+    [R_OF] = {"the preposition of possession or kind",
+              "a noun phrase is due|what it belongs to should come next, as a noun phrase"},
     [R_PARTICLE] = {"a particle or preposition", "a noun phrase may follow, or the clause may end here"},
-    [R_TO] = {"before an infinitive or as a preposition", "a bare verb or a noun phrase is due|either a verb in base form or a goal comes next"},
-    [R_COORDINATOR] = {"a coordinator", "a second part like the one before it is due|something of the same kind as what stood before should follow"},
-    [R_SUBORDINATOR] = {"a conjunction that opens a clause", "the subject of that clause is due|a subject, then its verb, should follow"},
+    [R_TO] = {"before an infinitive or as a preposition",
+              "a bare verb or a noun phrase is due|either a verb in base form or a goal comes next"},
+    [R_COORDINATOR] =
+        {"a coordinator",
+         "a second part like the one before it is due|something of the same kind as what stood before should follow"},
+    [R_SUBORDINATOR] = {"a conjunction that opens a clause",
+                        "the subject of that clause is due|a subject, then its verb, should follow"},
     [R_PREP_OR_CONJ] = {"a preposition or conjunction", "a noun phrase or a whole clause may follow"},
-    [R_RELATIVE] = {"a relative or question word", "a verb or a subject should follow|its clause comes next, with a verb or a subject first"},
+    [R_RELATIVE] = {"a relative or question word",
+                    "a verb or a subject should follow|its clause comes next, with a verb or a subject first"},
     [R_THAT] = {"a conjunction, relative or pointer", "a clause, a verb or a noun may follow"},
-    [R_SUBJECT] = {"a pronoun as subject", "its verb is due, perhaps after an adverb|a verb, perhaps an auxiliary, should follow"},
+    [R_SUBJECT] = {"a pronoun as subject",
+                   "its verb is due, perhaps after an adverb|a verb, perhaps an auxiliary, should follow"},
     [R_OBJECT] = {"a pronoun as object", "the clause may end here or go on with a preposition"},
     [R_PRONOUN] = {"a pronoun", "a verb follows if it is a subject, else the clause goes on"},
     [R_BE] = {"a form of to be", "a complement is due: a participle, an adjective, a noun phrase or not"},
@@ -1293,38 +904,49 @@ static const struct {
     [R_NOT] = {"a negation", "what is denied should follow: a verb, participle, adjective or phrase"},
     [R_NUMERAL] = {"a number word", "the thing counted may follow, as a noun"},
     [R_ADVERB] = {"an adverb", "a verb, an adjective or the rest of the clause may follow"},
-    [R_ADJECTIVE] = {"an adjective", "a noun is likely next, or the clause ends|its noun may follow, unless it closes the clause"},
+    [R_ADJECTIVE] = {"an adjective",
+                     "a noun is likely next, or the clause ends|its noun may follow, unless it closes the clause"},
     [R_ADJ_OR_NOUN] = {"an adjective or noun inside a noun phrase", "the head noun may still come, or the phrase is complete"},
     [R_VERB] = {"a verb in base form", "its object, a preposition or the end of the clause may follow"},
     [R_TAKES] = {"a verb in base form that takes an object", "an object is due, with an article or without"},
-    [R_IMPERATIVE] = {"perhaps a command at the head of its clause", "an object would follow a command, a verb would follow a noun"},
+    [R_IMPERATIVE] = {"perhaps a command at the head of its clause",
+                      "an object would follow a command, a verb would follow a noun"},
     [R_VERB_S] = {"a verb in the third person, or a plural", "an object, a complement or a preposition may follow"},
     [R_PAST] = {"a verb in the past tense", "its object, a clause or a preposition may follow"},
     [R_PARTICIPLE] = {"a past participle", "a preposition such as by, in or to may follow, or an object"},
     [R_ED] = {"a past tense or participle", "an object, a preposition or the end of the clause may follow"},
     [R_ING] = {"a form in -ing", "its object or a preposition may follow, or a noun that it describes"},
-    [R_NOUN] = {"a noun", "a verb, a preposition, a further noun or a mark may follow|the phrase may end here, with a verb, of or a mark next"},
+    [R_NOUN] =
+        {"a noun",
+         "a verb, a preposition, a further noun or a mark may follow|the phrase may end here, with a verb, of or a mark next"},
     [R_PLURAL] = {"a plural noun", "a verb, a preposition, a relative clause or a mark may follow"},
-    [R_NOUN_OR_VERB] = {"a word that can be noun or verb", "as a noun it may be followed by a verb or mark, as a verb by an object"},
+    [R_NOUN_OR_VERB] = {"a word that can be noun or verb",
+                        "as a noun it may be followed by a verb or mark, as a verb by an object"},
     [R_DATE] = {"a month or day", "a number or a year may follow"},
     [R_NAME] = {"a capitalised name or term", "more of the name, a verb, a comma or a preposition may follow"},
     [R_ACRONYM] = {"a word in capitals", "a noun, a verb, a bracket or a mark may follow"},
     [R_INTERJECTION] = {"an interjection", "a comma or an exclamation mark may follow, then the sentence"},
     [R_KEYWORD] = {"a keyword of the language", "what its grammar asks for comes next: a name, an expression or a bracket"},
-    [R_IDENTIFIER] = {"an identifier", "an operator, a bracket, a point or a separator may follow|a bracket, an operator, a comma or the line end may come next"},
+    [R_IDENTIFIER] = {"an identifier", "an operator, a bracket, a point or a separator may follow|a bracket, an operator, a "
+                                       "comma or the line end may come next"},
     [R_PART_OF_NAME] = {"an identifier up to an underscore", "the rest of the name is likely|more of the name may follow"},
     [R_ADDRESS] = {"a part of an address", "more of the address or its end may follow|the address may go on, or end here"},
-    [R_RARE] = {"a less common word, or the first part of one", "the rest of the word may follow, else a verb, a preposition or a mark"},
-    [R_LETTERS] = {"a letter or two, maybe the start of a word", "the rest of the word is likely|more letters of the word may follow"},
+    [R_RARE] = {"a less common word, or the first part of one",
+                "the rest of the word may follow, else a verb, a preposition or a mark"},
+    [R_LETTERS] = {"a letter or two, maybe the start of a word",
+                   "the rest of the word is likely|more letters of the word may follow"},
     [R_SCRIPT] = {"a letter or word in another script", "more of the same script is likely"},
     [R_CONSTANT] = {"a number in the code", "an operator, a bracket, a separator or more digits may follow"},
     [R_NUMBER] = {"a number", "a unit, a noun, more digits or a mark may follow"},
 };
 
 static const char keywords[] =
-    "if else elif for while do return class def import from as with try except finally raise lambda yield in not and or is pass break continue "
-    "global assert del struct enum union static const void int char unsigned long double float extern inline typedef sizeof switch case "
-    "default goto my our sub use package foreach unless elsif fi then done esac function local echo export select where order group "
+    "if else elif for while do return class def import from as with try except finally raise lambda yield in not and or is pass "
+    "break continue "
+    "global assert del struct enum union static const void int char unsigned long double float extern inline typedef sizeof "
+    "switch case "
+    "default goto my our sub use package foreach unless elsif fi then done esac function local echo export select where order "
+    "group "
     "create table insert into values update set delete join on null true false none print include define endif ifdef ifndef";
 
 /* The role of a word that only its neighbour decides: noun, verb, adjective, participle. */
@@ -1332,13 +954,17 @@ static Role content_role(const Text *t, int i) {
     unsigned pos = pos_of(t, i), before = i > t->sentence ? pos_of(t, i - 1) : 0;
     bool noun = pos & (P_NOUN | P_PLURAL | P_S), verb = pos & P_VERB, adjective = pos & P_ADJ;
     bool article = piece_in(t, i - 1, "the a an"), to = piece_in(t, i - 1, "to");
-    bool nominal = article || ((before & (P_DET | P_POSS | P_NUMBER | P_PREP)) && !to && !(before & P_SUB)) || ((before & P_ADJ) && !(before & (P_VERB | P_ADV)));
+    bool nominal = article || ((before & (P_DET | P_POSS | P_NUMBER | P_PREP)) && !to && !(before & P_SUB)) ||
+                   ((before & P_ADJ) && !(before & (P_VERB | P_ADV)));
     if (pos & P_NAME) return R_DATE;
     if (verb && (to || (before & (P_MODAL | P_SUBJ | P_DO | P_NOT)))) return pos & P_TAKES ? R_TAKES : R_VERB;
     if ((pos & (P_ED | P_PART)) && (before & (P_BE | P_HAVE))) return R_PARTICIPLE;
     if (pos & P_ING) return R_ING;
     if (nominal && (noun || adjective)) {
-        return noun && adjective ? R_ADJ_OR_NOUN : adjective ? R_ADJECTIVE : pos & (P_PLURAL | P_S) && !(pos & P_NOUN) ? R_PLURAL : R_NOUN;
+        return noun && adjective                           ? R_ADJ_OR_NOUN
+               : adjective                                 ? R_ADJECTIVE
+               : pos & (P_PLURAL | P_S) && !(pos & P_NOUN) ? R_PLURAL
+                                                           : R_NOUN;
     }
     if (pos & P_ED) return R_ED;
     if (pos & P_PAST) return R_PAST;
@@ -1357,7 +983,8 @@ static Role unknown_role(const Text *t, int i) {
     const Piece *p = &t->piece[i];
     const char *s = t->s + p->at;
     int upper = 0, other = 0;
-    for (int k = 0; k < p->len; k++) upper += is_upper(s[k]), other += is_digit(s[k]) || s[k] == '_' || (k && is_upper(s[k]) && is_lower(s[k - 1]));
+    for (int k = 0; k < p->len; k++)
+        upper += is_upper(s[k]), other += is_digit(s[k]) || s[k] == '_' || (k && is_upper(s[k]) && is_lower(s[k - 1]));
     if (upper > 1 && upper == p->len) return R_ACRONYM;
     if (other) return R_IDENTIFIER;
     if (p->len < 3 && i == t->n - 1 && !t->spaces) return R_LETTERS;
@@ -1380,17 +1007,38 @@ static Role word_role(const Text *t, int i, bool in_string) {
         const char *words;
         Role role;
     } fixed[] = {
-        {"the", R_DEFINITE}, {"a an", R_INDEFINITE}, {"this these those", R_DEMONSTRATIVE}, {"that", R_THAT}, {"to", R_TO}, {"of", R_OF},
-        {"not never", R_NOT}, {"her", R_HER}, {"up out off down over on about", R_PARTICLE},
-        {"as since until till before after than like once", R_PREP_OR_CONJ}, {"can may will might must", R_MODAL}, {"so yet", R_ADVERB},
+        {"the", R_DEFINITE},
+        {"a an", R_INDEFINITE},
+        {"this these those", R_DEMONSTRATIVE},
+        {"that", R_THAT},
+        {"to", R_TO},
+        {"of", R_OF},
+        {"not never", R_NOT},
+        {"her", R_HER},
+        {"up out off down over on about", R_PARTICLE},
+        {"as since until till before after than like once", R_PREP_OR_CONJ},
+        {"can may will might must", R_MODAL},
+        {"so yet", R_ADVERB},
     };
     static const struct {
         unsigned pos;
         Role role;
     } classes[] = {
-        {P_BE, R_BE}, {P_HAVE, R_HAVE}, {P_DO, R_DO}, {P_MODAL, R_MODAL}, {P_COORD, R_COORDINATOR}, {P_WH, R_RELATIVE},
-        {P_SUBJ, R_SUBJECT}, {P_POSS, R_POSSESSIVE}, {P_OBJ, R_OBJECT}, {P_NUMBER, R_NUMERAL}, {P_DET, R_DETERMINER}, {P_PRON, R_PRONOUN},
-        {P_SUB, R_SUBORDINATOR}, {P_PREP, R_PREPOSITION}, {P_INTJ, R_INTERJECTION},
+        {P_BE, R_BE},
+        {P_HAVE, R_HAVE},
+        {P_DO, R_DO},
+        {P_MODAL, R_MODAL},
+        {P_COORD, R_COORDINATOR},
+        {P_WH, R_RELATIVE},
+        {P_SUBJ, R_SUBJECT},
+        {P_POSS, R_POSSESSIVE},
+        {P_OBJ, R_OBJECT},
+        {P_NUMBER, R_NUMERAL},
+        {P_DET, R_DETERMINER},
+        {P_PRON, R_PRONOUN},
+        {P_SUB, R_SUBORDINATOR},
+        {P_PREP, R_PREPOSITION},
+        {P_INTJ, R_INTERJECTION},
     };
     const Piece *p = &t->piece[i];
     if (p->script) return R_SCRIPT;
@@ -1410,31 +1058,42 @@ static Role word_role(const Text *t, int i, bool in_string) {
         bool closed = !content || (classes[k].pos & (P_BE | P_HAVE | P_DO | P_MODAL | P_POSS | P_DET | P_NUMBER));
         if ((p->known.pos & classes[k].pos) && closed) return classes[k].role;
     }
-    if (!(p->known.pos & ~(unsigned)(P_DULL | P_COMMON | P_CODE)) || (p->known.pos & P_CODE && !content)) return unknown_role(t, i);
+    if (!(p->known.pos & ~(unsigned)(P_DULL | P_COMMON | P_CODE)) || (p->known.pos & P_CODE && !content))
+        return unknown_role(t, i);
     return content_role(t, i);
 }
 
 static const struct {
     const char *mark, *name, *next, *in_code; /* in_code NULL: as next */
 } marks[] = {
-    {".", "a full stop", "a new sentence may begin|the next sentence, with a capital, may follow", "the member that it selects, or digits, may follow"},
+    {".", "a full stop", "a new sentence may begin|the next sentence, with a capital, may follow",
+     "the member that it selects, or digits, may follow"},
     {",", "a comma", "the next item or the rest of the clause should follow", "the next argument or element is due"},
     {";", "a semicolon", "a further clause or item should follow", "the statement is complete and a new one may begin"},
-    {":", "a colon", "an explanation, a list, an example or a value should follow", "a value, a type or an indented block should follow"},
+    {":", "a colon", "an explanation, a list, an example or a value should follow",
+     "a value, a type or an indented block should follow"},
     {"::", "a double colon", "an indented example or a qualified name may follow", "the qualified name should follow"},
     {"?", "a question mark", "an answer or the next sentence may follow", "the value if true should follow"},
     {"!", "an exclamation mark", "a new sentence or a closing quotation mark may follow", "what is negated should follow"},
     {"...", "an ellipsis", "the thought may be taken up again, or a new sentence begins", NULL},
     {"\u2026", "an ellipsis", "the thought may be taken up again, or a new sentence begins", NULL},
-    {"(", "an opening parenthesis", "an aside, an example or a reference should follow, then its closing", "the arguments or an expression should follow, or the closing at once"},
-    {")", "a closing parenthesis", "the sentence goes on after the aside, or a mark ends it", "a semicolon, colon, brace or operator may follow"},
-    {"[", "an opening square bracket", "a note, a label or an option should follow", "an index or the elements of a list should follow"},
-    {"]", "a closing square bracket", "the text goes on after the note or option", "an operator, a separator or a further bracket may follow"},
+    {"(", "an opening parenthesis", "an aside, an example or a reference should follow, then its closing",
+     "the arguments or an expression should follow, or the closing at once"},
+    {")", "a closing parenthesis", "the sentence goes on after the aside, or a mark ends it",
+     "a semicolon, colon, brace or operator may follow"},
+    {"[", "an opening square bracket", "a note, a label or an option should follow",
+     "an index or the elements of a list should follow"},
+    {"]", "a closing square bracket", "the text goes on after the note or option",
+     "an operator, a separator or a further bracket may follow"},
     {"{", "an opening brace", "a name or a reference may follow", "the body or the fields should follow, on a new line perhaps"},
-    {"}", "a closing brace", "the text goes on, or a mark follows", "a new statement, else or a further closing brace may follow"},
-    {"<", "an opening angle bracket or less-than sign", "a name, a tag or an address may follow", "an operand, a type or a tag may follow"},
-    {">", "a closing angle bracket or greater-than sign", "the text after it may follow", "an operand or the content after a tag may follow"},
-    {"-", "a hyphen or dash", "the second part of a compound, an option or an aside may follow", "an operand or an option should follow"},
+    {"}", "a closing brace", "the text goes on, or a mark follows",
+     "a new statement, else or a further closing brace may follow"},
+    {"<", "an opening angle bracket or less-than sign", "a name, a tag or an address may follow",
+     "an operand, a type or a tag may follow"},
+    {">", "a closing angle bracket or greater-than sign", "the text after it may follow",
+     "an operand or the content after a tag may follow"},
+    {"-", "a hyphen or dash", "the second part of a compound, an option or an aside may follow",
+     "an operand or an option should follow"},
     {"--", "a double hyphen", "a long option, an aside or a name may follow", NULL},
     {"\u2014", "a dash", "an aside or an afterthought should follow", NULL},
     {"\u2013", "a dash", "the end of a range or an aside should follow", NULL},
@@ -1444,22 +1103,27 @@ static const struct {
     {"==", "a sign of equality", "the second operand should follow", NULL},
     {"/", "a slash", "the next part of a path or an alternative should follow", NULL},
     {"\\", "a backslash", "an escaped character or a name should follow", NULL},
-    {"*", "an asterisk", "emphasised words, a list item or an operand may follow", "an operand, or the name of a pointer, may follow"},
+    {"*", "an asterisk", "emphasised words, a list item or an operand may follow",
+     "an operand, or the name of a pointer, may follow"},
     {"**", "a double asterisk", "words in bold, or their end, come next", "an exponent or a parameter's name may follow"},
     {"#", "a number sign", "a comment, a heading or a number may follow", NULL},
     {"$", "a dollar sign", "an amount or a variable's name should follow", "a variable's name should follow"},
     {"@", "an at sign", "the rest of an address or a name should follow", NULL},
-    {"%", "a percent sign", "the text goes on after the amount, or a name follows", "a format letter or an operand should follow"},
-    {"&", "an ampersand", "a second name or an entity may follow", "the name whose address is taken, or an operand, should follow"},
+    {"%", "a percent sign", "the text goes on after the amount, or a name follows",
+     "a format letter or an operand should follow"},
+    {"&", "an ampersand", "a second name or an entity may follow",
+     "the name whose address is taken, or an operand, should follow"},
     {"|", "a vertical bar", "an alternative or the next column should follow", "the next command or operand should follow"},
     {"_", "an underscore", "more of a name should follow", NULL},
     {"`", "a backtick", "a name in code style, or what comes after it, is next", NULL},
     {"``", "a double backtick", "a literal name, or what comes after it, is next", NULL},
-    {"'", "a single quotation mark or apostrophe", "a quoted word, the ending of a contraction, or what comes after a quotation, is next", NULL},
+    {"'", "a single quotation mark or apostrophe",
+     "a quoted word, the ending of a contraction, or what comes after a quotation, is next", NULL},
     {"\"\"\"", "a triple quotation mark", "a docstring or the code after it comes next", NULL},
     {"\u201c", "an opening quotation mark", "the quoted words should follow", NULL},
     {"\u201d", "a closing quotation mark", "the sentence goes on, or who said it is told", NULL},
-    {"\u2019", "an apostrophe or closing quotation mark", "the ending of a contraction or the rest of the sentence may follow", NULL},
+    {"\u2019", "an apostrophe or closing quotation mark", "the ending of a contraction or the rest of the sentence may follow",
+     NULL},
     {"\u2022", "a bullet", "the text of a list item should follow", NULL},
     {"\"\"", "an empty pair of quotation marks", "a separator or a bracket may follow", NULL},
     {"+", "a plus sign", "an operand should follow", NULL},
@@ -1486,7 +1150,9 @@ static void mark_role(const Text *t, int i, bool in_string, const char **name, c
     }
     if (piece_is(t, i, "\"")) {
         *name = in_string ? "an opening quotation mark" : "a closing quotation mark";
-        *next = in_string ? "the quoted words should follow" : code ? "a separator, a bracket or an operator may follow" : "the sentence goes on, or a mark or a name follows";
+        *next = in_string ? "the quoted words should follow"
+                : code    ? "a separator, a bracket or an operator may follow"
+                          : "the sentence goes on, or a mark or a name follows";
     }
     const Piece *p = &t->piece[i];
     if (p->kind == MARK && p->len > 3 && p->at + p->len <= t->len && strchr("=-~*#_.^+", t->s[p->at])) {
@@ -1501,14 +1167,22 @@ static void write_break(Writer *w, const Text *t) {
     bool ended = is_sentence_end(t, t->last), blank = p->lines > 1;
     quote(t, t->piece[chunk_start(t, t->last)].at, piece_end(t, t->last), true, before);
     if (p->indent) snprintf(indent, sizeof indent, " and %d columns of indentation", p->indent);
-    say(w, blank ? "the last token is the blank line after %1%2|the text ends on a blank line%2, after %1|after %1 comes an empty line%2, the last token"
-                 : "the last token is the line break after %1%2|it ends with a new line%2, after %1|after %1 comes a line break%2, the last token", before, indent);
-    say(w, t->in_code           ? blank ? "; a new block of code or a comment may follow" : "; another line of code is due|; the next statement or a closing comes next"
-           : blank              ? "; a paragraph, a heading or an item of a list should follow|; something new begins: a paragraph, heading or list"
-           : ended              ? "; a new sentence, item or line may follow"
-           : piece_is(t, t->last, ":") ? "; a list, an example or the explanation should follow"
-           : piece_is(t, t->last, "-") ? "; the rest of a divided word may follow"
-                                : "; the sentence may go on in the next line, unless the lines are separate", NULL, NULL);
+    say(w,
+        blank ? "the last token is the blank line after %1%2|the text ends on a blank line%2, after %1|after %1 comes an empty "
+                "line%2, the last token"
+              : "the last token is the line break after %1%2|it ends with a new line%2, after %1|after %1 comes a line break%2, "
+                "the last token",
+        before, indent);
+    say(w,
+        t->in_code ? blank ? "; a new block of code or a comment may follow"
+                           : "; another line of code is due|; the next statement or a closing comes next"
+        : blank
+            ? "; a paragraph, a heading or an item of a list should follow|; something new begins: a paragraph, heading or list"
+        : ended                     ? "; a new sentence, item or line may follow"
+        : piece_is(t, t->last, ":") ? "; a list, an example or the explanation should follow"
+        : piece_is(t, t->last, "-") ? "; the rest of a divided word may follow"
+                                    : "; the sentence may go on in the next line, unless the lines are separate",
+        NULL, NULL);
     end_sentence(w, 2, 0);
 }
 
@@ -1575,7 +1249,8 @@ static void write_history(Writer *w, const Text *t) {
         times += same > 0;
         if (same && same >= most && t->piece[i + 1].kind != BREAK && i + 1 < t->last) best = i, most = same;
     }
-    bool content = p->kind != MARK && !(p->known.pos & (P_DET | P_PREP | P_BE | P_COORD | P_PRON | P_SUBJ | P_HAVE | P_MODAL)) && !piece_in(t, t->last, "the a an to");
+    bool content = p->kind != MARK && !(p->known.pos & (P_DET | P_PREP | P_BE | P_COORD | P_PRON | P_SUBJ | P_HAVE | P_MODAL)) &&
+                   !piece_in(t, t->last, "the a an to");
     char same[QUOTE_ROOM], after[QUOTE_ROOM], count[16];
     snprintf(count, sizeof count, "%d", times);
     if (best >= 0 && (most > 1 || content)) {
@@ -1584,9 +1259,15 @@ static void write_history(Writer *w, const Text *t) {
         quote_pieces(t, from, best, 5, same);
         quote_pieces(t, best + 1, t->last, 4, after);
         if (most > 1) {
-            say(w, "the words %1 came before, followed then by %2|earlier %1 was followed by %2|%1 stood before too, and went on with %2", same, after);
+            say(w,
+                "the words %1 came before, followed then by %2|earlier %1 was followed by %2|%1 stood before too, and went on "
+                "with %2",
+                same, after);
         } else {
-            say(w, times > 1 ? "it came earlier, the last time before %1|when it came last it was followed by %1" : "it came once before, followed by %1|it stood before, ahead of %1", after, NULL);
+            say(w,
+                times > 1 ? "it came earlier, the last time before %1|when it came last it was followed by %1"
+                          : "it came once before, followed by %1|it stood before, ahead of %1",
+                after, NULL);
         }
         end_sentence(w, 2, 2);
     } else if (times && content) {
@@ -1639,16 +1320,12 @@ static char *join(const Writer *w) {
 }
 
 char *rules_explanation(const char *text, size_t len, uint64_t key) {
-    pthread_once(&lexicon_once, lexicon_fill);
-    Text t = {0};
+    Text t;
     char *out = NULL;
-    clean(&t, text, len);
-    cut_pieces(&t);
+    text_read(&t, text, len);
     if (t.words >= MIN_WORDS) {
         Writer *w = xcalloc(1, sizeof *w);
         w->state = key;
-        judge_lines(&t);
-        find_sentence(&t);
         write_subject(w, &t);
         write_topics(w, &t);
         write_open(w, &t);
@@ -1658,7 +1335,6 @@ char *rules_explanation(const char *text, size_t len, uint64_t key) {
         out = join(w);
         free(w);
     }
-    free(t.piece);
-    free(t.s);
+    text_free(&t);
     return out;
 }

@@ -1,5 +1,5 @@
-/* test_rules.c - rules.c: an explanation says only what stands in the text, whatever the bytes; it names the open construction and the
- * last token; the wording varies with the key and with nothing else. */
+/* test_rules.c - rules.c: an explanation says only what stands in the text, whatever the bytes; it names the open
+ * construction and the last token; the wording varies with the key and with nothing else. */
 #define _GNU_SOURCE
 #include "../nla.h"
 
@@ -81,8 +81,8 @@ static int count_paragraphs(const char *text) {
     return n;
 }
 
-/* What quotes are made of, written a second time and on its own: invisible characters and all white space are one space, bytes that
- * are not UTF-8 are U+FFFD, the tags are in parentheses. To be freed. */
+/* What quotes are made of, written a second time and on its own: invisible characters and all white space are one space,
+ * bytes that are not UTF-8 are U+FFFD, the tags are in parentheses. To be freed. */
 static char *cleaned(const char *text, size_t len) {
     char *raw = malloc(3 * len + 1), *out = malloc(3 * len + 1);
     size_t n = 0, m = 0;
@@ -412,5 +412,23 @@ Test(rules, names_the_last_token_and_its_role) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         expect_said(cases[i][0], cases[i][1]);
         expect_said(cases[i][0], cases[i][2]);
+    }
+}
+
+/* A subject is named only where its own words are: SQL is not PostgreSQL, C++ is neither C nor Python. */
+Test(rules, does_not_name_products_that_are_not_there) {
+    static const char sql[] =
+        "The query planner of SQLite reads the table through an index when a column of the WHERE clause has one. A "
+        "transaction locks the database; the rows are written back to the table when the transaction commits its";
+    static const char cpp[] =
+        "#include <vector>\n\ntemplate<typename T>\nclass Stack {\npublic:\n    void push(const T &value) {\n        "
+        "items.push_back(value);\n    }\n\n    bool empty() const { return items.empty(); }\n\nprivate:\n    "
+        "std::vector<T> items;\n};\n\nint main() {\n    Stack<int> stack;\n    stack.push(";
+    for (uint64_t key = 0; key < 30; key++) {
+        char *one = explain(sql, key), *two = explain(cpp, key);
+        cr_expect(!strstr(one, "Postgre"), "%s", one);
+        cr_expect(strstr(two, "C++") && !strstr(two, "Python") && !strstr(two, "the C language"), "%s", two);
+        free(one);
+        free(two);
     }
 }
