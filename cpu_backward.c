@@ -32,7 +32,7 @@ enum {
     PRODUCT_COLUMNS = PRODUCT_VECTORS * LANES,
     SUM_BLOCK = 256,               /* of the summed dimension: a sliver stays in L1, */
     ROW_BLOCK = 32 * PRODUCT_ROWS, /* ... this many rows and */
-    COLUMN_BLOCK = 256             /* ... this many columns of it in L2 */
+    COLUMN_BLOCK = 576             /* ... this many columns of it in L2 */
 };
 
 typedef struct {
@@ -48,31 +48,49 @@ typedef struct {
     bool add;
 } Gemm;
 
+/* A sliver of whole rows: the loop over them is unrolled, which the compiler cannot do for a count it does not know. */
+INLINE void pack_sliver(float *out, const float *a, size_t am, size_t ak, int depth, float alpha) {
+    for (int k = 0; k < depth; k++, out += PRODUCT_ROWS) {
+        for (int i = 0; i < PRODUCT_ROWS; i++) {
+            out[i] = alpha * a[(size_t)i * am + (size_t)k * ak];
+        }
+    }
+}
+
 static void pack_a(float *out, const Gemm *g, int m0, int rows, int k0, int depth) {
-    for (int m = 0; m < rows; m += PRODUCT_ROWS) {
+    for (int m = 0; m < rows; m += PRODUCT_ROWS, out += (size_t)PRODUCT_ROWS * (size_t)depth) {
         int n = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
         const float *a = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
-        for (int k = 0; k < depth; k++, out += PRODUCT_ROWS) {
-            for (int i = 0; i < PRODUCT_ROWS; i++) {
-                out[i] = i < n ? g->alpha * a[(size_t)i * g->am + (size_t)k * g->ak] : 0;
+        if (n == PRODUCT_ROWS && g->am == 1) {
+            pack_sliver(out, a, 1, g->ak, depth, g->alpha);
+        } else if (n == PRODUCT_ROWS && g->ak == 1) {
+            pack_sliver(out, a, g->am, 1, depth, g->alpha);
+        } else {
+            for (int k = 0; k < depth; k++) {
+                for (int i = 0; i < PRODUCT_ROWS; i++) {
+                    out[k * PRODUCT_ROWS + i] = i < n ? g->alpha * a[(size_t)i * g->am + (size_t)k * g->ak] : 0;
+                }
             }
         }
     }
 }
 
 static void pack_b(float *out, const Gemm *g, int n0, int columns, int k0, int depth) {
+    const float *floats = g->bt && g->bt->dtype == DT_F32 ? g->bt->data : g->b;
     for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
         size_t width = (size_t)(columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS);
         for (int k = 0; k < depth; k++, out += PRODUCT_COLUMNS) {
             size_t row = (size_t)(k0 + k) * g->ldb, column = (size_t)(n0 + n);
-            if (g->bt) {
+            if (!floats) {
                 widen(out, g->bt, row + column, width);
-            } else if (g->bn <= 1) {
-                memcpy(out, g->b + row + column, width * sizeof(float));
-            } else {
+            } else if (g->bn > 1) {
                 for (size_t i = 0; i < width; i++) {
-                    out[i] = g->b[row + (column + i) * g->bn];
+                    out[i] = floats[row + (column + i) * g->bn];
                 }
+            } else if (width == PRODUCT_COLUMNS) { /* a length that the compiler knows: a few vector moves */
+                memcpy(out, floats + row + column, PRODUCT_COLUMNS * sizeof(float));
+            } else {
+                memcpy(out, floats + row + column, width * sizeof(float));
             }
             if (width < PRODUCT_COLUMNS) {
                 memset(out + width, 0, (PRODUCT_COLUMNS - width) * sizeof(float));
@@ -146,14 +164,24 @@ static void gemm_block(const Gemm *g, Scratch *s, int m0, int rows, int n0, int 
     }
 }
 
+/* The size of equal blocks of at most `most`, whole tiles wide: no narrow last block that packs its other side for little. */
+static int block_of(int n, int most, int tile) {
+    int blocks = (n + most - 1) / most, each = (n + blocks - 1) / (blocks > 0 ? blocks : 1);
+    return (each + tile - 1) / tile * tile;
+}
+
 static void gemm(const Engine *e, const Gemm *g) {
-    int down = (g->M + ROW_BLOCK - 1) / ROW_BLOCK, across = (g->N + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+    int row_block = block_of(g->M, ROW_BLOCK, PRODUCT_ROWS), column_block = block_of(g->N, COLUMN_BLOCK, PRODUCT_COLUMNS);
+    if (g->M < 1 || g->N < 1) {
+        return;
+    }
+    int down = (g->M + row_block - 1) / row_block, across = (g->N + column_block - 1) / column_block;
     bool small = (double)g->M * g->N * g->K < WORTH_THREADS;
 #pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (!small)
     for (int task = 0; task < down * across; task++) {
-        int m0 = task / across * ROW_BLOCK, n0 = task % across * COLUMN_BLOCK;
-        gemm_block(g, my_scratch(e), m0, g->M - m0 < ROW_BLOCK ? g->M - m0 : ROW_BLOCK, n0,
-                   g->N - n0 < COLUMN_BLOCK ? g->N - n0 : COLUMN_BLOCK);
+        int m0 = task / across * row_block, n0 = task % across * column_block;
+        gemm_block(g, my_scratch(e), m0, g->M - m0 < row_block ? g->M - m0 : row_block, n0,
+                   g->N - n0 < column_block ? g->N - n0 : column_block);
     }
 }
 

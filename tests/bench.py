@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure nla beside OpenBLAS, PyTorch and transformers on the CPU: ratios from one run, with the same number of threads.
 
-    ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|train|load ...] [--model DIR] [--tokenizers DIR ...]
+    ~/.cache/nla/venv/bin/python tests/bench.py [linear|forward|decode|train-av|train-ar|load ...] [--model DIR] [--tokenizers DIR ...]
                                                 [--nla ./nla] [--threads 2] [--rounds 5] [--quick] [--json FILE]
 
     linear    matrix products at the shapes of SmolLM2-135M and Qwen2.5-7B (needs no model)
     forward   2,048 tokens: one document, 8 documents, 20 documents of uneven lengths
-    train     a step of AV and AR warm start on 16 rows, all weights trained
+    train-av  a step of the AV's warm start on 16 rows, all weights trained
+    train-ar  a step of the AR's
     decode    100 tokens for each of 32 rows: an AV reading 32 vectors, samples of one prompt, and 32 different prompts
     load      weights and tokenizer to first use
 
@@ -439,12 +440,14 @@ def torch_ar_step(folder, vectors, texts):
     return step
 
 
-def bench_train(bench, directory):
+def bench_train(bench, directory, stages):
     with tempfile.TemporaryDirectory(prefix="nla-bench-") as name:
         folder = Path(name)
         acts, vectors, texts = training_rows(bench, directory, folder, TRAIN_ROWS)
         for stage, goal, step in (("av", 1.6, torch_av_step(directory, folder, vectors, texts)),
                                   ("ar", 1.2, torch_ar_step(folder, vectors, texts))):  # fmt: skip
+            if stage not in stages:
+                continue
             progress(f"training, {stage}")
             seconds = bench.alternate({
                 "nla": lambda: nla_step_seconds(bench, stage, folder, acts, TRAIN_ROWS),
@@ -530,7 +533,7 @@ def print_table(results):
 
 
 def parse_arguments():
-    parts = ("linear", "forward", "decode", "train", "load")
+    parts = ("linear", "forward", "decode", "train-av", "train-ar", "load")
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (default: all that can be run)")
     options.add_argument("--nla", type=Path, default=ROOT / "nla", help="the program (default: ./nla)")
@@ -568,8 +571,9 @@ def main():
             bench_forward(bench, given.model, model)
         if "decode" in given.parts:
             bench_decode(bench, given.model, model, transformers.AutoTokenizer.from_pretrained(given.model))
-    if "train" in given.parts:
-        bench_train(bench, given.model)
+    stages = [part.removeprefix("train-") for part in given.parts if part.startswith("train-")]
+    if stages:
+        bench_train(bench, given.model, stages)
     if "load" in given.parts:
         bench_load(bench, given.model)
     for directory in given.tokenizers:
