@@ -411,7 +411,7 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
         for (int i = 0; i < (int)arrlen(m.files.tensor); i++) {
             weights += m.files.tensor[i].bytes;
         }
-        size_t forest = forest_bytes(c, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
+        size_t forest = forest_bytes(c, engine->act_dtype, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
                                                                           (size_t)c->n_layers * sizeof(float);
         if (s->json) {
             printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
