@@ -19,6 +19,7 @@ usage: ./build.sh             build ./nla (and install the distribution's packag
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
              NLA_CUDA=0|1               0: without CUDA; 1: fail when it cannot be with CUDA
+             NLA_ARCH=90                for this GPU alone (default: 80 90 100, and PTX)
              NLA_INSTALL=0              install no packages, only say what is missing
              NLA_VENV=~/.cache/nla/venv PyTorch's place
 END
@@ -135,7 +136,7 @@ find_cuda() {
     local arch known
     known=$("$nvcc" --list-gpu-arch)
     gencode=""
-    for arch in 80 90 100; do # A100, H100/H200, B200; the last one's PTX serves what comes after
+    for arch in ${NLA_ARCH:-80 90 100}; do # A100, H100/H200, B200; the last one's PTX serves what comes after
         grep -qx "compute_$arch" <<<"$known" || continue
         gencode+=" -gencode arch=compute_$arch,code=sm_$arch"
         newest=$arch
@@ -157,7 +158,8 @@ avx512bf16="$avx512 -mavx512bf16"
 # (the Criterion tests) and O/fuzz_*. NVCC empty: without CUDA; "shim": kernels.cu for the CPU (tests/cuda_shim.h).
 write_makefile() {
     local O=build/$1 cc=$2 flags="$3 -I." nvcc=$4 nla=build/$1/nla all_libs=$libs
-    local source objects="" tests="" fuzzers="" engines="any"
+    local source objects="" tests="" fuzzers="" engines="any" gencode=${gencode:-}
+    if [ "$nvcc" = shim ]; then gencode=""; fi
     if [ "$1" = release ]; then nla=nla; fi
     if is_x86 "$cc"; then engines="any avx2 avx512 avx512bf16"; else flags+=" -DNLA_ONLY_ANY"; fi
     for source in *.c; do
@@ -230,7 +232,7 @@ $O/cuda_shim.o: tests/cuda_shim.cpp $O/Makefile
 $O/kernels.o: kernels.cu $O/Makefile
 	@echo "  nvcc  \$@"
 	$nvcc -std=c++17 -O3 -lineinfo --threads $jobs${gencode:-} -I. -DNLA_CUDA=1 \\
-	    -Xcompiler -Wall,-Wextra -Xptxas -v -MMD -MP -MF $O/kernels.d -c \$< -o \$@
+	    -Xcompiler -Wall,-Wextra${ptxas:-} -MMD -MP -MF $O/kernels.d -c \$< -o \$@
 -include \$(wildcard $O/*.d $O/tests/*.d)
 END
     if cmp -s "$O/Makefile.$$" "$O/Makefile"; then rm "$O/Makefile.$$"; else mv "$O/Makefile.$$" "$O/Makefile"; fi
@@ -358,7 +360,7 @@ lint() { # lint TOOL
 
 # The real compiler: no warning, no register spilled, and a program that starts where there is no GPU.
 check_cuda() {
-    local log=build/cuda/nvcc.log
+    local log=build/cuda/nvcc.log ptxas=" -Xptxas -v"
     write_makefile cuda "$CC" "$cflags" "$nvcc"
     rm -f build/cuda/kernels.o
     if ! run_make cuda build/cuda/nla >"$log" 2>&1; then

@@ -135,6 +135,7 @@ struct Staged {
     std::vector<char> content;
     void *device;
     size_t room;
+    uint64_t used; /* when it was last asked for */
 };
 
 enum Slot { WORK_A, WORK_B, WORK_PARTIAL, WORK_ROWS, WORK_GEMM, WORK_RESULT, WORK_SLOTS };
@@ -144,7 +145,7 @@ struct Cuda {
     std::map<const char *, Piece> piece;
     std::map<CopyKey, Copy> copy;
     std::vector<Staged> staged;
-    size_t next_staged;
+    uint64_t stagings;
     void *work[WORK_SLOTS];
     size_t work_room[WORK_SLOTS];
     size_t shared_limit; /* bytes of shared memory that a block can have */
@@ -304,18 +305,20 @@ static void copy_out(Cuda *c, void *host, const void *device, size_t bytes) {
     }
 }
 
-/* A small host array (token ids, positions, segments), on the device until as many others have been staged as there are places. */
+/* A small host array (token ids, positions, segments), on the device until STAGED - 1 others have been asked for: an op stages
+ * fewer, so what it has staged stays. */
 template <typename S> static const S *stage(Cuda *c, const S *host, size_t count) {
     size_t bytes = count * sizeof(S);
-    Staged *place = NULL;
+    Staged *place = NULL, *oldest = &c->staged[0];
     for (Staged &s : c->staged) {
         place = s.host == host && s.content.size() == bytes ? &s : place;
+        oldest = s.used < oldest->used ? &s : oldest;
     }
-    if (place && memcmp(place->content.data(), host, bytes) == 0) {
+    bool same = place && memcmp(place->content.data(), host, bytes) == 0;
+    place = place ? place : oldest;
+    place->used = ++c->stagings;
+    if (same) {
         return (const S *)place->device;
-    }
-    if (!place) {
-        place = &c->staged[c->next_staged++ % STAGED];
     }
     if (bytes > place->room) {
         cudaFree(place->device);
@@ -594,6 +597,7 @@ static void gemm_close(Cuda *c) { (void)c; }
 namespace {
 struct PlanKey {
     int M, N, K, kind;
+    uint32_t align_a, align_b, align_c, unused;
     size_t lda, ldb, ldc;
     bool operator<(const PlanKey &o) const { return memcmp(this, &o, sizeof o) < 0; }
 };
@@ -653,10 +657,20 @@ static void gemm_close(Cuda *c) {
 
 static cudaDataType_t lt_type(DType dtype) { return dtype == DT_F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
+/* Bytes that an address is a multiple of, up to what the library asks for at most. A gradient may start anywhere in flat memory. */
+static uint32_t alignment_of(const void *p) {
+    uint32_t bytes = 256;
+    while ((uintptr_t)p % bytes) {
+        bytes /= 2;
+    }
+    return bytes;
+}
+
 /* The library is column-major: what we store as rows it reads as columns, so it is asked for C^T = op(B)^T op(A)^T. fp32 inputs
  * are multiplied as fp32, never as TF32. */
 static bool make_plan(Plans *p, const Gemm &g, Plan *plan) {
     size_t room = GEMM_WORKSPACE;
+    uint32_t align_left = alignment_of(g.b), align_right = alignment_of(g.a), align_c = alignment_of(g.c);
     int found = 0;
     cublasLtMatmulHeuristicResult_t best = {};
     cublasLtMatmulPreference_t wish = NULL;
@@ -671,6 +685,10 @@ static bool make_plan(Plans *p, const Gemm &g, Plan *plan) {
         p->MatrixLayoutCreate(&plan->c, lt_type(g.out), N, M, (int64_t)g.ldc) == CUBLAS_STATUS_SUCCESS &&
         p->MatmulPreferenceCreate(&wish) == CUBLAS_STATUS_SUCCESS &&
         p->MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room) == CUBLAS_STATUS_SUCCESS &&
+        p->MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_left, 4) == CUBLAS_STATUS_SUCCESS &&
+        p->MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_right, 4) == CUBLAS_STATUS_SUCCESS &&
+        p->MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, 4) == CUBLAS_STATUS_SUCCESS &&
+        p->MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, 4) == CUBLAS_STATUS_SUCCESS &&
         p->MatmulAlgoGetHeuristic(p->handle, plan->product, plan->a, plan->b, plan->c, plan->c, wish, 1, &best, &found) ==
             CUBLAS_STATUS_SUCCESS && found > 0;
     if (wish) {
@@ -691,6 +709,9 @@ static void gemm(Cuda *c, const Gemm &g) {
     key.N = g.N;
     key.K = g.K;
     key.kind = g.ta + 2 * g.tb + 4 * (g.in == DT_F32) + 8 * (g.out == DT_F32);
+    key.align_a = alignment_of(g.a);
+    key.align_b = alignment_of(g.b);
+    key.align_c = alignment_of(g.c);
     key.lda = g.lda;
     key.ldb = g.ldb;
     key.ldc = g.ldc;
@@ -2176,7 +2197,10 @@ static bool open_device(Cuda *c, DType act, Err *err) {
     status = status == cudaSuccess && n > 0 ? cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) : status;
     status = status == cudaSuccess && n > 0 ? cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking) : status;
     if (status != cudaSuccess || n == 0) {
-        fail(err, "--device cuda: %s; use --device cpu", status != cudaSuccess ? cudaGetErrorString(status) : "there is no GPU");
+        const char *why = n == 0 && status == cudaSuccess               ? "there is no GPU"
+                          : status == (cudaError_t)cudaErrorInsufficientDriver ? "there is no NVIDIA driver, or it is too old for this build"
+                                                                        : cudaGetErrorString(status);
+        fail(err, "--device cuda: %s; use --device cpu", why);
         return false;
     }
     c->shared_limit = (size_t)shared;

@@ -978,6 +978,36 @@ typedef struct {
 int page_write(const char *path, const Page *page, const char *json, size_t len, Err *err); /* json: valid, any content */
 void page_date(char date[32]); /* now, as the pages say it */
 
+/* ------------------------------------------------------------------------------------------------ engine against engine
+ * Cases of every op (verify.c), for `nla verify` and the tests: played on two engines they keep outputs that can be compared. */
+
+typedef struct {
+    const char *name;
+    size_t from, n;
+    double bound; /* of the difference, relative to the largest number expected */
+} OpOutput;
+
+typedef struct {
+    Engine *e;      /* borrowed */
+    uint64_t state; /* of the random inputs */
+    float *out;     /* stb: all outputs */
+    OpOutput *kept; /* stb: which is which */
+    Act **memory;   /* stb: of the engine */
+    void **host;    /* stb */
+} OpTape;
+
+enum { OP_SIZES = 10 };
+typedef struct {
+    const char *name;
+    void (*play)(OpTape *t, const int *size);
+    int size[OP_SIZES][6]; /* those whose first number is not 0 */
+} OpCase;
+
+extern const OpCase op_cases[]; /* the last one's name is NULL */
+void op_tape_close(OpTape *t);  /* not the engine */
+/* An output's largest difference relative to the largest number expected, and the two numbers; infinite where one is NaN. */
+double op_difference(const OpTape *want, const OpTape *have, int output, double *expected, double *got);
+
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What the commands share: the settings a command line gives, and what most commands load. */
 
@@ -990,7 +1020,7 @@ typedef struct {
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale;
-    bool resume, plan, merge, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, merge, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
 } Settings;
 
 /* What most commands work with. */
@@ -1031,6 +1061,7 @@ int run_train(const Settings *s, Err *err);
 int run_export(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 int run_report(const Settings *s, Err *err);
+int run_verify(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
 int nla_main(int argc, char **argv);

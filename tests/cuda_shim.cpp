@@ -219,7 +219,11 @@ cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 cudaError_t cudaGetDeviceCount(int *n) {
-    *n = getenv("NLA_SHIM") != NULL;
+    const char *asked = getenv("NLA_SHIM");
+    *n = asked != NULL;
+    if (asked && strcmp(asked, "protect") == 0) {
+        shim_protect(true);
+    }
     return cudaSuccess;
 }
 
@@ -237,6 +241,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 namespace {
 struct Array {
+    const void *site;
     char *data;
     size_t bytes;
 };
@@ -244,24 +249,26 @@ struct Array {
 
 enum : size_t { STATIC_SHARED = 64 * 1024 };
 
-static std::map<const void *, Array> arrays; /* of the block that runs */
+static std::vector<Array> arrays; /* of the block that runs: a few */
 static char *static_shared;                  /* [STATIC_SHARED] */
 static size_t static_used;
 static Region dynamic_shared;
 
 void *shim_shared(const void *site, size_t bytes) {
-    auto it = arrays.find(site);
-    if (it == arrays.end()) {
-        size_t room = (bytes + RED - 1) / RED * RED + RED;
-        if (static_used + room > STATIC_SHARED) {
-            found("%zu bytes of static shared memory do not fit", bytes);
+    for (const Array &a : arrays) {
+        if (a.site == site) {
+            return a.data;
         }
-        it = arrays.insert({site, Array{static_shared + static_used + RED, bytes}}).first;
-        static_used += room;
-        memset(it->second.data, POISON, bytes);
-        memset(it->second.data + bytes, CANARY, room - bytes);
     }
-    return it->second.data;
+    size_t room = (bytes + RED - 1) / RED * RED + RED;
+    if (static_used + room + RED > STATIC_SHARED) {
+        found("%zu bytes of static shared memory do not fit", bytes);
+    }
+    arrays.push_back(Array{site, static_shared + static_used + RED, bytes});
+    static_used += room;
+    memset(arrays.back().data, POISON, bytes);
+    memset(arrays.back().data + bytes, CANARY, room - bytes);
+    return arrays.back().data;
 }
 
 char *shim_dynamic(void) { return dynamic_shared.data; }
@@ -274,12 +281,11 @@ static void begin_shared(void) {
 }
 
 static void check_shared(void) {
-    size_t gap = 0;
-    for (auto &a : arrays) {
-        size_t room = (a.second.bytes + RED - 1) / RED * RED + RED;
-        for (gap = a.second.bytes; gap < room; gap++) {
-            if ((unsigned char)a.second.data[gap] != CANARY) {
-                found("wrote behind a shared array of %zu bytes, at offset %zu", a.second.bytes, gap);
+    for (const Array &a : arrays) {
+        size_t room = (a.bytes + RED - 1) / RED * RED + RED;
+        for (size_t gap = a.bytes; gap < room; gap++) {
+            if ((unsigned char)a.data[gap] != CANARY) {
+                found("wrote behind a shared array of %zu bytes, at offset %zu", a.bytes, gap);
             }
         }
     }
@@ -294,7 +300,7 @@ void shim_check_tile(const void *p, unsigned ld, unsigned multiple) {
 
 /* ------------------------------------------------------------------------------------------------ fibers */
 
-enum : size_t { STACK = 256 * 1024 };
+enum : size_t { STACK = 128 * 1024 + 17 * 64 }; /* no power of two: all stacks' tops would share the same lines of the cache */
 enum { MOST_THREADS = 1024, LANES = 32 };
 
 namespace {

@@ -207,7 +207,7 @@ static inline void shim_launch(const char *name, dim3 grid, dim3 block, size_t s
 
 /* ------------------------------------------------------------------------------------------------ the runtime */
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaStreamNonBlocking };
 typedef struct ShimStream *cudaStream_t;
@@ -227,7 +227,7 @@ static inline cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) { return *stream = NULL, cudaSuccess; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int *n); /* one device when the environment has NLA_SHIM, so that nothing runs on it unasked */
+cudaError_t cudaGetDeviceCount(int *n); /* one when the environment has NLA_SHIM, so that nothing runs on it unasked; NLA_SHIM=protect: shim_protect too */
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 #endif /* __cplusplus */
