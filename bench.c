@@ -139,7 +139,7 @@ static int bench_linear(const Settings *s, Engine *e, Err *err) {
     for (size_t i = 0; i < weights; i++) {
         narrow[i] = f32_to_bf16(w[i]);
     }
-    Act *x = e->alloc(e, inputs), *y = e->alloc(e, (size_t)N * (size_t)O);
+    Act *x = e->alloc(e, e->act_dtype, inputs), *y = e->alloc(e, e->act_dtype, (size_t)N * (size_t)O);
     int status = x && y ? 0 : fail(err, "not enough memory for --shape %s", s->shape);
     if (status == 0) {
         e->write(e, x, 0, host, inputs);
@@ -157,6 +157,8 @@ static int bench_linear(const Settings *s, Engine *e, Err *err) {
     }
     e->free(e, x);
     e->free(e, y);
+    e->forget(e, w, weights * sizeof(float));
+    e->forget(e, narrow, weights * sizeof(uint16_t));
     free(w);
     free(host);
     free(narrow);

@@ -19,6 +19,7 @@ usage: ./build.sh             build ./nla (and install the distribution's packag
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
              NLA_CUDA=0|1               0: without CUDA; 1: fail when it cannot be with CUDA
+             NLA_ARCH=90                for this GPU alone (default: 80 90 100, and PTX)
              NLA_INSTALL=0              install no packages, only say what is missing
              NLA_VENV=~/.cache/nla/venv PyTorch's place
 END
@@ -34,6 +35,8 @@ venv=${NLA_VENV:-$HOME/.cache/nla/venv}
 warnings="-Wall -Wextra -Wshadow -Wconversion"
 cflags="-std=gnu17 -O3 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math $warnings"
 libs="-lpcre2-8 -lutf8proc -lyaml -lm"
+case $CC in clang*) cxx=clang++ ;; *) cxx=g++ ;; esac # for kernels.cu on the CPU, in the tests
+cxxflags="-std=c++17 -O2 -g -fno-strict-aliasing -Wall -Wextra -Wshadow -Werror -I. -DNLA_SHIM -DNLA_CUDA=1"
 
 # ------------------------------------------------------------------------------------------------- packages
 
@@ -102,6 +105,10 @@ need_to_build() {
     need "${packages[@]}" make:make "${to_build[@]}" || exit 1
 }
 
+need_to_test() { # Criterion, and a C++ compiler for the shim that runs kernels.cu on the CPU
+    need libcriterion-dev:criterion/criterion.h "$cxx:$cxx"
+}
+
 # ------------------------------------------------------------------------------------------------- CUDA
 
 # Sets nvcc (empty: build without) and cuda_says, the reason in words.
@@ -129,13 +136,13 @@ find_cuda() {
     local arch known
     known=$("$nvcc" --list-gpu-arch)
     gencode=""
-    for arch in 80 90 100; do # A100, H100/H200, B200; the last one's PTX serves what comes after
+    for arch in ${NLA_ARCH:-80 90 100}; do # A100, H100/H200, B200; the last one's PTX serves what comes after
         grep -qx "compute_$arch" <<<"$known" || continue
         gencode+=" -gencode arch=compute_$arch,code=sm_$arch"
         newest=$arch
     done
     gencode+=" -gencode arch=compute_$newest,code=compute_$newest"
-    cuda_libs="-lcudart_static -lcublas -lcublasLt -ldl -lrt -lpthread -lstdc++"
+    cuda_libs="-lcudart_static -ldl -lrt -lpthread -lstdc++" # cuBLASLt is loaded when the engine is opened
     cuda_home=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
     if [ -d "$cuda_home/lib64" ]; then cuda_libs="-L$cuda_home/lib64 -Wl,-rpath,$cuda_home/lib64 $cuda_libs"; fi
 }
@@ -148,19 +155,28 @@ avx512="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=5
 avx512bf16="$avx512 -mavx512bf16"
 
 # write_makefile VARIANT COMPILER FLAGS NVCC: build/VARIANT/Makefile with the targets O/nla (./nla in release), O/run
-# (the Criterion tests) and O/fuzz_*. NVCC empty: without CUDA.
+# (the Criterion tests) and O/fuzz_*. NVCC empty: without CUDA; "shim": kernels.cu for the CPU (tests/cuda_shim.h).
 write_makefile() {
     local O=build/$1 cc=$2 flags="$3 -I." nvcc=$4 nla=build/$1/nla all_libs=$libs
-    local source objects="" tests="" fuzzers="" engines="any"
+    local source objects="" tests="" fuzzers="" engines="any" gencode=${gencode:-}
+    if [ "$nvcc" = shim ]; then gencode=""; fi
     if [ "$1" = release ]; then nla=nla; fi
     if is_x86 "$cc"; then engines="any avx2 avx512 avx512bf16"; else flags+=" -DNLA_ONLY_ANY"; fi
     for source in *.c; do
         case $source in cpu.c | cpu_backward.c | nla.c) ;; *) objects+=" $O/${source%.c}.o" ;; esac
     done
     for source in $engines; do objects+=" $O/cpu_$source.o $O/cpu_backward_$source.o"; done
-    for source in tests/test_*.c; do [ ! -f "$source" ] || tests+=" $O/${source%.c}.o"; done
+    for source in tests/test_*.c; do
+        if [ "$source" = tests/test_kernels.c ] && [ "$nvcc" != shim ]; then continue; fi
+        [ ! -f "$source" ] || tests+=" $O/${source%.c}.o"
+    done
     for source in tests/fuzz_*.c; do [ ! -f "$source" ] || fuzzers+=" $O/$(basename "$source" .c)"; done
-    if [ -n "$nvcc" ]; then
+    if [ "$nvcc" = shim ]; then # the tests against PyTorch once more, on that engine
+        flags+=" -DNLA_CUDA=1"
+        objects+=" $O/kernels_shim.o $O/cuda_shim.o"
+        tests+=" $O/tests/shim_model.o $O/tests/shim_method.o $O/tests/shim_train.o"
+        all_libs+=" -lstdc++"
+    elif [ -n "$nvcc" ]; then
         flags+=" -DNLA_CUDA=1"
         objects+=" $O/kernels.o"
         all_libs+=" $cuda_libs"
@@ -204,10 +220,19 @@ $O/cpu_backward_%.o: cpu_backward.c $O/Makefile
 $O/cpu_%.o: cpu.c $O/Makefile
 	@echo "  cc    \$@"
 	\$(CC) \$(CFLAGS) \$(ISA) -DCPU_ENGINE=cpu_engine_\$* -DCPU_BACKWARD=cpu_backward_\$* -MMD -MP -c \$< -o \$@
+$O/tests/shim_%.o: tests/test_%.c $O/Makefile
+	@echo "  cc    \$@"
+	\$(CC) \$(CFLAGS) -Dengine_open=shim_engine -D\$*=shim_\$* -MMD -MP -c \$< -o \$@
+$O/kernels_shim.o: kernels.cu $O/Makefile
+	@echo "  c++   \$@"
+	$cxx $cxxflags -fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error -x c++ -MMD -MP -c \$< -o \$@
+$O/cuda_shim.o: tests/cuda_shim.cpp $O/Makefile
+	@echo "  c++   \$@"
+	$cxx $cxxflags -MMD -MP -c \$< -o \$@
 $O/kernels.o: kernels.cu $O/Makefile
 	@echo "  nvcc  \$@"
 	$nvcc -std=c++17 -O3 -lineinfo --threads $jobs${gencode:-} -I. -DNLA_CUDA=1 \\
-	    -Xcompiler -Wall,-Wextra -MMD -MP -MF $O/kernels.d -c \$< -o \$@
+	    -Xcompiler -Wall,-Wextra${ptxas:-} -MMD -MP -MF $O/kernels.d -c \$< -o \$@
 -include \$(wildcard $O/*.d $O/tests/*.d)
 END
     if cmp -s "$O/Makefile.$$" "$O/Makefile"; then rm "$O/Makefile.$$"; else mv "$O/Makefile.$$" "$O/Makefile"; fi
@@ -333,6 +358,26 @@ lint() { # lint TOOL
     lint_files | xargs -P "$jobs" -I{} bash -c 'set -euo pipefail; lint_one "$@"' lint "$1" {}
 }
 
+# The real compiler: no warning, no register spilled, and a program that starts where there is no GPU.
+check_cuda() {
+    local log=build/cuda/nvcc.log ptxas=" -Xptxas -v"
+    write_makefile cuda "$CC" "$cflags" "$nvcc"
+    rm -f build/cuda/kernels.o
+    if ! run_make cuda build/cuda/nla >"$log" 2>&1; then
+        tail -n 40 "$log"
+        not_ok "kernels.cu compiles and links"
+        return
+    fi
+    ok "kernels.cu compiles for$(sed -E 's/-gencode arch=compute_[0-9]+,code=/ /g' <<<"$gencode" | tr -s ' ')"
+    check "nvcc warns of nothing" test "$(grep -ci warning "$log")" = 0
+    grep -B 2 -E '[1-9][0-9]* bytes spill' "$log" || true
+    check "no register is spilled" test "$(grep -cE '[1-9][0-9]* bytes spill' "$log")" = 0
+    check "the program with CUDA starts" build/cuda/nla help >/dev/null
+    if [ -e /dev/nvidiactl ]; then return; fi
+    check "without a driver --device cuda says so" grep -q -- '--device cuda: ' \
+        <(build/cuda/nla inspect --device cuda tests/golden/qwen2 2>&1 >/dev/null)
+}
+
 summary() { # the last line is what CI reads
     printf '\nin %d s\n%d passed, %d failed' "$SECONDS" $passed $failed
     if [ $skipped -gt 0 ]; then printf ', %d skipped' $skipped; fi
@@ -346,14 +391,14 @@ run_tests() {
     mkdir -p build
 
     part "1. build with $CC, warnings are errors"
-    write_makefile test "$CC" "$cflags -Werror" "$nvcc"
+    local criterion=1
+    need_to_test || criterion=0
+    write_makefile test "$CC" "$cflags -Werror" "$([ $criterion = 0 ] || echo shim)"
     check "build/test/nla" run_make test build/test/nla
     if [ $failed -gt 0 ]; then summary; return 1; fi # the rest would say the same at greater length
 
-    local criterion=1
-    need libcriterion-dev:criterion/criterion.h || criterion=0
     part "2. Criterion tests"
-    if [ $criterion = 1 ]; then run_criterion test; else not_ok "no Criterion, no tests"; fi
+    if [ $criterion = 1 ]; then run_criterion test; else not_ok "no Criterion or no C++ compiler, no tests"; fi
 
     part "3. Criterion tests under AddressSanitizer and UndefinedBehaviorSanitizer"
     write_makefile asan "$CC" "$cflags $sanitize" "" # the sanitizers and CUDA's driver do not share an address space
@@ -373,7 +418,7 @@ run_tests() {
     if need_to_fuzz; then run_fuzzers 20; else skip "fuzzing: no clang with libFuzzer"; fi
 
     part "6. CUDA kernels"
-    if [ -n "$nvcc" ]; then check "kernels.cu compiles" run_make test build/test/kernels.o; else skip "$cuda_says"; fi
+    if [ -n "$nvcc" ]; then check_cuda; else skip "$cuda_says"; fi
 
     part "7. linters"
     local tool
@@ -389,9 +434,8 @@ run_tests() {
 
 unit() {
     need_to_build
-    need libcriterion-dev:criterion/criterion.h || exit 1
-    find_cuda
-    write_makefile test "$CC" "$cflags -Werror" "$nvcc"
+    need_to_test || exit 1
+    write_makefile test "$CC" "$cflags -Werror" shim
     run_make test build/test/run
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive build/test/run --jobs=1 "$@"
 }

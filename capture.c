@@ -434,12 +434,9 @@ static int save_state(Extract *x, Err *err) {
     FILE *out = open_memstream(&text, &len);
     fputs("{\"settings\": ", out);
     json_write_string(out, x->settings, strlen(x->settings));
-    json_number(out, "next", (double)x->next);
-    json_number(out, "rows", (double)x->c.rows);
-    json_number(out, "text_bytes", (double)x->text_bytes);
-    json_number(out, "tokens", (double)x->c.tokens);
-    json_number(out, "short_documents", (double)x->c.short_documents);
-    json_number(out, "not_finite", (double)x->c.not_finite);
+    fprintf(out, ", \"next\": %lld, \"rows\": %lld, \"text_bytes\": %lld, \"tokens\": %lld, \"short_documents\": %lld, \"not_finite\": %lld",
+            (long long)x->next, (long long)x->c.rows, (long long)x->text_bytes, (long long)x->c.tokens, (long long)x->c.short_documents,
+            (long long)x->c.not_finite);
     fputs("}\n", out);
     fclose(out);
     char *path = xprintf("%s/state.json", x->part);

@@ -112,6 +112,20 @@ static int hash_file(const char *path, uint64_t *hash, Err *err) {
     return status;
 }
 
+int engine_save(Engine *e, const char *path, const Tensor *tensor, int n, Err *err) {
+    Tensor *seen = xcalloc((size_t)n + 1, sizeof(Tensor));
+    for (int i = 0; i < n; i++) {
+        seen[i] = tensor[i];
+        seen[i].data = e->view(e, tensor[i].data, tensor[i].bytes);
+    }
+    int status = e->check(e, err) == 0 ? safetensors_save(path, seen, n, err) : -1;
+    for (int i = 0; i < n; i++) {
+        e->unview(e, tensor[i].data, seen[i].data);
+    }
+    free(seen);
+    return status;
+}
+
 static void put_moments(Tensor **list, const Params *p, const char *m, const char *v) {
     if (p->engine) {
         size_t bytes = p->count * dtype_size(p->moments);
@@ -190,7 +204,7 @@ int checkpoint_save(TrainRun *r, Err *err) {
         put_moments(&list, &r->av_params, "av.m", "av.v");
         put_moments(&list, &r->ar_params, "ar.m", "ar.v");
         char *path = xprintf("%s/moments.safetensors", temp);
-        status = safetensors_save(path, list, (int)arrlen(list), err);
+        status = engine_save(r->engine, path, list, (int)arrlen(list), err);
         free(path);
     }
     status = status == 0 ? write_state(r, temp, err) : -1;
@@ -284,8 +298,8 @@ static int read_moments(const Safetensors *st, Params *p, const char *m, const c
         return fail(err, "%s: %s and %s are not the %zu %s moments that these settings train", st->file[0].path, m, v, p->count,
                     dtype_name(p->moments));
     }
-    memcpy(p->m, tm->data, bytes);
-    memcpy(p->v, tv->data, bytes);
+    p->engine->put(p->engine, p->m, tm->data, bytes);
+    p->engine->put(p->engine, p->v, tv->data, bytes);
     return 0;
 }
 

@@ -18,9 +18,10 @@
 
 /* ------------------------------------------------------------------------------------------------ memory */
 
-static Act *cpu_alloc(Engine *e, size_t count) {
+static Act *cpu_alloc(Engine *e, DType dtype, size_t count) {
     (void)e;
-    return count > SIZE_MAX / sizeof(float) - 64 ? NULL : aligned_floats(count);
+    size_t size = dtype_size(dtype);
+    return count > SIZE_MAX / sizeof(float) - 64 ? NULL : aligned_floats((count * size + sizeof(float) - 1) / sizeof(float));
 }
 
 static void cpu_free(Engine *e, void *memory) {
@@ -36,6 +37,29 @@ static void cpu_read(Engine *e, float *host, const Act *x, size_t offset, size_t
 static void cpu_write(Engine *e, Act *x, size_t offset, const float *host, size_t count) {
     (void)e;
     memcpy((float *)x + offset, host, count * sizeof(float));
+}
+
+static void cpu_put(Engine *e, void *x, const void *host, size_t bytes) {
+    (void)e;
+    memcpy(x, host, bytes);
+}
+
+static const void *cpu_view(Engine *e, const void *x, size_t bytes) {
+    (void)e, (void)bytes;
+    return x;
+}
+
+static void cpu_unview(Engine *e, const void *x, const void *seen) {
+    (void)e, (void)x, (void)seen;
+}
+
+static void cpu_forget(Engine *e, const void *host, size_t bytes) {
+    (void)e, (void)host, (void)bytes; /* weights are used where they are */
+}
+
+static int cpu_check(Engine *e, Err *err) {
+    (void)e, (void)err;
+    return 0;
 }
 
 static void cpu_close(Engine *e) {
@@ -394,7 +418,7 @@ INLINE void rotate(float *out, const float *x, const float *cos, const float *si
 }
 
 static void cpu_rope_qkv(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm,
-                         float eps, int plus_one, const float *cos, const float *sin, const int *position,
+                         float eps, int plus_one, const Act *cos, const Act *sin, const int *position,
                          const int *cache_row, int N, int H, int G, int E) {
     Cpu *cpu = e->scratch;
     size_t width = (size_t)(H + 2 * G) * (size_t)E, half = (size_t)E / 2;
@@ -402,7 +426,7 @@ static void cpu_rope_qkv(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, cons
     for (int n = 0; n < N; n++) {
         Scratch *s = &cpu->thread[omp_get_thread_num()];
         const float *in = (const float *)qkv + (size_t)n * width;
-        const float *c = cos + (size_t)position[n] * half, *sn = sin + (size_t)position[n] * half;
+        const float *c = (const float *)cos + (size_t)position[n] * half, *sn = (const float *)sin + (size_t)position[n] * half;
         float head[1024];
         const float *weight = q_norm ? widened_norm(s, q_norm, E, plus_one) : NULL;
         for (int h = 0; h < H + G; h++) {
@@ -777,6 +801,11 @@ Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err) {
         .free = cpu_free,
         .read = cpu_read,
         .write = cpu_write,
+        .put = cpu_put,
+        .view = cpu_view,
+        .unview = cpu_unview,
+        .forget = cpu_forget,
+        .check = cpu_check,
         .close = cpu_close,
         .embed = cpu_embed,
         .rmsnorm = cpu_rmsnorm,

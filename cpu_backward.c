@@ -259,9 +259,9 @@ static void cpu_lora_up_backward(Engine *e, Act *dt, const Lora *dlora, const Ac
 
 /* ------------------------------------------------------------------------------------------------ row by row ops */
 
-static void cpu_zero(Engine *e, Act *x, size_t count) {
+static void cpu_zero(Engine *e, void *x, size_t bytes) {
     (void)e;
-    memset(x, 0, count * sizeof(float));
+    memset(x, 0, bytes);
 }
 
 static void cpu_scatter(Engine *e, Act *out, const Act *x, const int *row, int n, int D) {
@@ -415,12 +415,12 @@ static void head_norm_backward(Engine *e, const Tensor *dnorm, float *dqkv, cons
 
 static void cpu_rope_qkv_backward(Engine *e, Act *dqkv, const Tensor *dq_norm, const Tensor *dk_norm, const Act *dq, const Act *dk,
                                   const Act *dv, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm, float eps, int plus_one,
-                                  const float *cos, const float *sin, const int *position, int N, int H, int G, int E) {
+                                  const Act *cos, const Act *sin, const int *position, int N, int H, int G, int E) {
     size_t width = (size_t)(H + 2 * G) * (size_t)E, half = (size_t)E / 2, KV = (size_t)G * (size_t)E;
 #pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)N * (double)width * 4 > WORTH_THREADS)
     for (int n = 0; n < N; n++) {
         float *out = (float *)dqkv + (size_t)n * width;
-        const float *c = cos + (size_t)position[n] * half, *s = sin + (size_t)position[n] * half;
+        const float *c = (const float *)cos + (size_t)position[n] * half, *s = (const float *)sin + (size_t)position[n] * half;
         for (int h = 0; h < H; h++) {
             rotate_back(out + (size_t)h * (size_t)E, (const float *)dq + ((size_t)n * (size_t)H + (size_t)h) * (size_t)E, c, s, E);
         }

@@ -187,30 +187,30 @@ static int write_weights(const char *dir, const Model *m, Err *err) {
         arrlast(list).name = named[i].name;
     }
     char *path = xprintf("%s/model.safetensors", dir);
-    int status = safetensors_save(path, list, (int)arrlen(list), err);
+    int status = engine_save(m->engine, path, list, (int)arrlen(list), err);
     free(path);
     arrfree(list);
     named_free(named);
     return status;
 }
 
-static int write_head(const char *dir, const Tensor *head, Err *err) {
+static int write_head(Engine *e, const char *dir, const Tensor *head, Err *err) {
     Tensor t = *head;
     t.name = "weight";
     char *path = xprintf("%s/value_head.safetensors", dir);
-    int status = safetensors_save(path, &t, 1, err);
+    int status = engine_save(e, path, &t, 1, err);
     free(path);
     return status;
 }
 
 /* The identity: the AR starts by saying what the backbone's own stream says. Random weights would start near-orthogonal. */
-static int write_identity_head(const char *dir, int D, Err *err) {
+static int write_identity_head(Engine *e, const char *dir, int D, Err *err) {
     float *w = xcalloc((size_t)D * (size_t)D, sizeof(float));
     for (int i = 0; i < D; i++) {
         w[(size_t)i * (size_t)D + (size_t)i] = 1;
     }
     Tensor t = {.dtype = DT_F32, .n_dims = 2, .shape = {D, D}, .data = w, .bytes = (size_t)D * (size_t)D * sizeof(float)};
-    int status = write_head(dir, &t, err);
+    int status = write_head(e, dir, &t, err);
     free(w);
     return status;
 }
@@ -233,7 +233,7 @@ int ar_start(const char *dir, const Model *m, int layer, const Yaml *sidecar, Er
         status = write_weights(s.temp, &cut, err);
     }
     if (status == 0) {
-        status = write_identity_head(s.temp, m->config.hidden_size, err);
+        status = write_identity_head(m->engine, s.temp, m->config.hidden_size, err);
     }
     if (status == 0) {
         status = save_sidecar(s.temp, sidecar, err);
@@ -253,7 +253,7 @@ int model_write(const char *dir, const char *base, Model *m, const Linear *head,
         status = status == 0 ? write_weights(dir, m, err) : -1;
     }
     if (status == 0 && head) {
-        status = write_head(dir, &head->w[0], err);
+        status = write_head(m->engine, dir, &head->w[0], err);
     }
     return status == 0 && sidecar ? save_sidecar(dir, sidecar, err) : status;
 }

@@ -92,8 +92,11 @@ void lora_free(Model *m) {
             Linear *w = block_linear(&m->block[layer], i, &at);
             if (w->lora) {
                 for (int j = 0; j < 3; j++) {
-                    free((void *)w->lora->down.w[j].data);
-                    free((void *)w->lora->up[j].data);
+                    Tensor *const part[] = {&w->lora->down.w[j], &w->lora->up[j]};
+                    for (int k = 0; k < 2; k++) {
+                        m->engine->forget(m->engine, part[k]->data, part[k]->bytes);
+                        free((void *)part[k]->data);
+                    }
                 }
                 free(w->lora);
                 w->lora = NULL;
@@ -259,7 +262,7 @@ int lora_save(Model *m, const LoraConfig *c, const char *dir, Err *err) {
             arrlast(tensor).name = list[i].name;
         }
         path = xprintf("%s/adapter_model.safetensors", dir);
-        status = safetensors_save(path, tensor, (int)arrlen(tensor), err);
+        status = engine_save(m->engine, path, tensor, (int)arrlen(tensor), err);
         free(path);
         arrfree(tensor);
         named_free(list);

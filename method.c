@@ -366,6 +366,9 @@ void reconstructor_close(Reconstructor *r) {
     if (r->model.engine) {
         r->model.engine->free(r->model.engine, r->last);
         r->model.engine->free(r->model.engine, r->out);
+        for (int i = 0; i < (int)arrlen(r->head_file.file); i++) {
+            r->model.engine->forget(r->model.engine, r->head_file.file[i].data, r->head_file.file[i].len);
+        }
     }
     forest_close(&r->forest);
     batch_free(&r->batch);
@@ -396,8 +399,8 @@ static int ar_prepare(Reconstructor *r, int longest, Err *err) {
     size_t width = (size_t)AR_TEXTS * (size_t)r->model.config.hidden_size;
     if (r->forest.max_rows < rows) {
         forest_close(&r->forest);
-        r->last = r->last ? r->last : e->alloc(e, width);
-        r->out = r->out ? r->out : e->alloc(e, width);
+        r->last = r->last ? r->last : e->alloc(e, e->act_dtype, width);
+        r->out = r->out ? r->out : e->alloc(e, e->act_dtype, width);
         if (!r->last || !r->out) {
             return fail(err, "not enough memory to reconstruct %d texts at once", AR_TEXTS);
         }

@@ -563,6 +563,9 @@ int model_load(Model *m, const char *dir, Engine *engine, Err *err) {
 
 void model_free(Model *m) {
     lora_free(m);
+    for (int i = 0; m->engine && i < (int)arrlen(m->files.file); i++) {
+        m->engine->forget(m->engine, m->files.file[i].data, m->files.file[i].len);
+    }
     free(m->block);
     free(m->dir);
     safetensors_close(&m->files);
@@ -725,17 +728,22 @@ static void fill_rope(const Rope *rope, float *cosines, float *sines, int positi
 typedef struct {
     Forest *forest;
     Engine *engine;
+    DType act;
     size_t bytes;
     bool failed;
 } Buffers;
 
-static void want(Buffers *b, Act **place, size_t count) {
-    b->bytes += count * sizeof(float);
+static void want_as(Buffers *b, DType dtype, Act **place, size_t count) {
+    b->bytes += count * dtype_size(dtype);
     if (b->engine && !b->failed) {
-        *place = b->engine->alloc(b->engine, count);
+        *place = b->engine->alloc(b->engine, dtype, count);
         b->failed = !*place;
         arrput(b->forest->memory, *place);
     }
+}
+
+static void want(Buffers *b, Act **place, size_t count) {
+    want_as(b, b->act, place, count);
 }
 
 /* What a block keeps for the way back. When it is recomputed all blocks share one set but for the stream. */
@@ -757,7 +765,7 @@ static void want_kept(Buffers *b, const Config *c, bool recompute) {
         }
         want(b, &k->qkv, N * (Q + 2 * KV));
         want(b, &k->att, N * Q);
-        want(b, &k->lse, N * (size_t)c->n_heads);
+        want_as(b, DT_F32, &k->lse, N * (size_t)c->n_heads);
         want(b, &k->mid, N * D);
         want(b, &k->gate_up, N * 2 * F);
         k->attn_out = k->mlp_out = f->proj;
@@ -802,7 +810,7 @@ static void want_all(Buffers *b, const Config *c, Passes passes) {
     want(b, &f->q, N * Q);
     want(b, &f->proj, N * D);
     want(b, &f->gated, N * F);
-    want(b, &f->logits, (size_t)(f->max_rows < LOGIT_ROWS ? f->max_rows : LOGIT_ROWS) * (size_t)c->vocab_size);
+    want_as(b, DT_F32, &f->logits, (size_t)(f->max_rows < LOGIT_ROWS ? f->max_rows : LOGIT_ROWS) * (size_t)c->vocab_size);
     if (low) {
         want(b, &f->low, N * low);
     }
@@ -817,7 +825,11 @@ static void want_all(Buffers *b, const Config *c, Passes passes) {
             want(b, &f->dlow, N * low);
         }
     }
-    b->bytes += 2 * 2 * rows * (E / 2) * sizeof(float) + 2 * N * sizeof(int); /* RoPE's tables; places of the rows */
+    for (int i = 0; i < 2; i++) {
+        want_as(b, DT_F32, &f->cos[i], rows * (E / 2));
+        want_as(b, DT_F32, &f->sin[i], rows * (E / 2));
+    }
+    b->bytes += 2 * N * sizeof(int); /* places of the rows */
 }
 
 /* What forest_add can use of cache_rows is rounded to whole key blocks. */
@@ -825,20 +837,20 @@ static int whole_blocks(int rows) {
     return (rows + CACHE_ALIGN - 1) / CACHE_ALIGN * CACHE_ALIGN;
 }
 
-static size_t forest_buffers(Forest *f, const Config *c, Engine *e, Passes passes, bool *failed) {
+static size_t forest_buffers(Forest *f, const Config *c, Engine *e, DType act, Passes passes, bool *failed) {
     f->k = xcalloc((size_t)f->blocks + 1, sizeof(Act *));
     f->v = xcalloc((size_t)f->blocks + 1, sizeof(Act *));
     f->kept = passes == FORWARD ? NULL : xcalloc((size_t)f->blocks + 1, sizeof(Kept));
-    Buffers b = {.forest = f, .engine = e};
+    Buffers b = {.forest = f, .engine = e, .act = act};
     want_all(&b, c, passes);
     *failed = b.failed;
     return b.bytes;
 }
 
-size_t forest_bytes(const Config *c, int blocks, int cache_rows, int max_rows, Passes passes) {
+size_t forest_bytes(const Config *c, DType act, int blocks, int cache_rows, int max_rows, Passes passes) {
     Forest f = {.blocks = blocks, .cache_rows = whole_blocks(cache_rows), .max_rows = max_rows};
     bool failed;
-    size_t bytes = forest_buffers(&f, c, NULL, passes, &failed);
+    size_t bytes = forest_buffers(&f, c, NULL, act, passes, &failed);
     free(f.k);
     free(f.v);
     free(f.kept);
@@ -850,19 +862,21 @@ int forest_open(Forest *f, Model *model, int blocks, int cache_rows, int max_row
     cache_rows = whole_blocks(cache_rows);
     *f = (Forest){.model = model, .blocks = blocks, .cache_rows = cache_rows, .max_rows = max_rows, .n_positions = cache_rows};
     bool failed;
-    f->bytes = forest_buffers(f, c, model->engine, passes, &failed);
+    f->bytes = forest_buffers(f, c, model->engine, model->engine->act_dtype, passes, &failed);
     if (failed) {
         fail(err, "not enough memory: %.2f GB for %d cached and %d computed tokens; ask for fewer rows or shorter texts",
              (double)f->bytes / 1e9, cache_rows, max_rows);
         forest_close(f);
         return -1;
     }
-    size_t table = (size_t)cache_rows * (size_t)c->head_dim / 2;
+    size_t table = (size_t)cache_rows * (size_t)(c->head_dim / 2);
+    float *cosines = xmalloc(2 * table * sizeof(float)), *sines = cosines + table;
     for (int i = 0; i < 2; i++) {
-        f->cos[i] = xmalloc(table * sizeof(float));
-        f->sin[i] = xmalloc(table * sizeof(float));
-        fill_rope(&c->rope[i], f->cos[i], f->sin[i], cache_rows, c->head_dim);
+        fill_rope(&c->rope[i], cosines, sines, cache_rows, c->head_dim);
+        model->engine->write(model->engine, f->cos[i], 0, cosines, table);
+        model->engine->write(model->engine, f->sin[i], 0, sines, table);
     }
+    free(cosines);
     f->position = xmalloc((size_t)max_rows * sizeof(int));
     f->cache_row = xmalloc((size_t)max_rows * sizeof(int));
     return 0;
@@ -877,10 +891,6 @@ void forest_close(Forest *f) {
         e->free(e, f->memory[i]);
     }
     arrfree(f->memory);
-    for (int i = 0; i < 2; i++) {
-        free(f->cos[i]);
-        free(f->sin[i]);
-    }
     free(f->k);
     free(f->v);
     free(f->kept);
@@ -1111,7 +1121,7 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
     if (logits) {
         forward_logits(f, b, logits, tap);
     }
-    return 0;
+    return e->check(e, err);
 }
 
 /* ------------------------------------------------------------------------------------------------ the way back */
@@ -1173,7 +1183,7 @@ void model_token_loss(Forest *f, const Batch *b, const int *target, const TokenL
     Engine *e = m->engine;
     int N = (int)arrlen(b->token), D = c->hidden_size, wanted = (int)arrlen(b->out_row);
     float logp[LOGIT_ROWS], dlogp[LOGIT_ROWS];
-    e->zero(e, f->dx, (size_t)N * (size_t)D);
+    e->zero(e, f->dx, (size_t)N * (size_t)D * dtype_size(e->act_dtype));
     for (int first = 0; first < wanted; first += LOGIT_ROWS) {
         int n = wanted - first < LOGIT_ROWS ? wanted - first : LOGIT_ROWS;
         e->gather(e, f->proj, stream_after(f, f->blocks - 1), b->out_row + first, n, D);

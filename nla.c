@@ -33,9 +33,10 @@ typedef struct {
 #define AT(field) offsetof(Settings, field)
 
 static const Option common_options[] = {
-    {"device", "cpu|cuda", TEXT, AT(device), 0, 0, "engine to compute on (default: cpu)"},
+    {"device", "cpu|cuda", TEXT, AT(device), 0, 0, "engine to compute on (default: cuda where there is one)"},
     {"threads", "N", COUNT, AT(threads), 0, 4096, "threads of the CPU engine (default: all)"},
     {"bf16", NULL, FLAG, AT(bf16), 0, 0, "round the inputs of matrix products to bf16 (AVX512-BF16 processors)"},
+    {"fp32", NULL, FLAG, AT(fp32), 0, 0, "activations in fp32 on a GPU too, for diffing (default there: bf16)"},
     {"seed", "N", SEED, AT(seed), 0, 0, "of everything random (default: 0)"},
     {"json", NULL, FLAG, AT(json), 0, 0, "results as JSON, one object or array a line"},
     {"quiet", NULL, FLAG, AT(quiet), 0, 0, "no progress or timing on stderr"},
@@ -232,10 +233,20 @@ void unload(Loaded *l) {
 }
 
 int open_engine(Engine **engine, const Settings *s, Err *err) {
-    if (s->device && strcmp(s->device, "cpu") != 0) {
-        return fail(err, strcmp(s->device, "cuda") == 0 ? "--device cuda: this build has the CPU engine only"
-                                                        : "--device takes cpu or cuda");
+    bool cuda = s->device && strcmp(s->device, "cuda") == 0;
+    if (s->device && !cuda && strcmp(s->device, "cpu") != 0) {
+        return fail(err, "--device takes cpu or cuda, not '%s'", s->device);
     }
+#ifdef NLA_CUDA
+    if (cuda || (!s->device && cuda_present())) {
+        *engine = engine_open_cuda(s->fp32 ? DT_F32 : DT_BF16, err);
+        return *engine ? 0 : -1;
+    }
+#else
+    if (cuda) {
+        return fail(err, "--device cuda: this build has the CPU engine only (build.sh found no nvcc)");
+    }
+#endif
     *engine = engine_open(s->threads, s->bf16, err);
     return *engine ? 0 : -1;
 }
@@ -411,7 +422,7 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
         for (int i = 0; i < (int)arrlen(m.files.tensor); i++) {
             weights += m.files.tensor[i].bytes;
         }
-        size_t forest = forest_bytes(c, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
+        size_t forest = forest_bytes(c, engine->act_dtype, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
                                                                           (size_t)c->n_layers * sizeof(float);
         if (s->json) {
             printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
@@ -819,6 +830,10 @@ static const Command commands[] = {
      run_export, 1, 1, {{"out", "DIR", TEXT, AT(out), 0, 0, "the directory to make"},
      {"merge", NULL, FLAG, AT(merge), 0, 0, "add the adapters to the weights they are for"},
      {"dtype", "bf16|f32", TEXT, AT(dtype), 0, 0, "of the weights (default: bf16); adapters and the value head stay f32"}}},
+    {"verify", "verify [--model DIR] [--fp32]", "op by op, the CUDA engine against the CPU engine",
+     "Runs every op forward and back at several sizes, and a whole model's forward pass, on both engines; prints the largest difference of\n"
+     "each output relative to the largest number expected, and exits with 1 when one is beyond its bound.",
+     run_verify, 0, 0, {MODEL_OPTION}},
     {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
      "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
      "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"

@@ -111,7 +111,7 @@ const char *json_raw(const Json *json, int node, size_t *len);
 void json_write_string(FILE *out, const char *text, size_t len);
 /* Writes `, "key": value`, a member that is not the object's first: null for no text, for NaN and infinity. */
 void json_text(FILE *out, const char *key, const char *text);
-void json_number(FILE *out, const char *key, double value);
+void json_number(FILE *out, const char *key, double value); /* six digits; a whole number all of its own */
 
 /* The hash of a name and where it stands. Sorted by hash, a list of them finds repeats and looks names up in n log n
  * whatever the names are; a hash table could be made quadratic by names chosen to collide. */
@@ -289,7 +289,8 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------ the engine: op table */
 
-/* Activations in the engine's own number format: fp32 on the CPU. Only ops look inside. */
+/* Memory of the engine. Only ops look inside. Each piece has the number format that it was asked for: activations act_dtype; fp32
+ * on every engine are trained weights and their gradients, logits, attention's lse, cos and sin. */
 typedef void Act;
 
 /* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
@@ -318,16 +319,24 @@ typedef struct {
 typedef struct Engine Engine;
 struct Engine {
     const char *name;     /* "cpu avx512" */
-    DType act_dtype;      /* of activations */
+    DType act_dtype;      /* of activations: DT_F32, or DT_BF16 on a GPU */
     bool bf16_dot;        /* products of bf16-rounded inputs, summed in fp32 (opt-in; CPU with AVX512-BF16) */
     int threads;
     void *scratch;        /* the engine's own */
 
     /* Memory of the engine. alloc zeroes nothing and returns NULL when there is not enough. */
-    Act *(*alloc)(Engine *e, size_t count);
+    Act *(*alloc)(Engine *e, DType dtype, size_t count);
     void (*free)(Engine *e, void *memory);
     void (*read)(Engine *e, float *host, const Act *x, size_t offset, size_t count);  /* x[offset..] -> fp32 on the host */
     void (*write)(Engine *e, Act *x, size_t offset, const float *host, size_t count); /* the other way */
+    void (*put)(Engine *e, void *x, const void *host, size_t bytes);                  /* bytes as they are -> x */
+    /* Host memory to read `bytes` of x in, as they are: x itself where the host can read it. Valid until unview. */
+    const void *(*view)(Engine *e, const void *x, size_t bytes);
+    void (*unview)(Engine *e, const void *x, const void *seen);
+    /* Weights are given to ops where the host has them (mapped files, adapters); an engine with memory of its own keeps copies. To
+     * be called before host memory that held weights is freed, unmapped or written: the copies of what is in it are dropped. */
+    void (*forget)(Engine *e, const void *host, size_t bytes);
+    int (*check)(Engine *e, Err *err); /* ops report nothing: -1 when one has failed (a GPU's memory or launch) since the opening */
     void (*close)(Engine *e);
 
     /* out[n,:] = table[token[n],:] * scale                                             out [N,D], table [V,D] */
@@ -341,16 +350,16 @@ struct Engine {
     void (*linear)(Engine *e, Act *out, const Act *x, const Linear *w, int N);
 
     /* Splits qkv [N, (H+2G)E]: normalises each query and key head (norm NULL: not), rotates them by the row's position
-     * (rotate-half pairing: element i with i + E/2; cos, sin [max position, E/2]) and stores q [N, H*E] and rows
+     * (rotate-half pairing: element i with i + E/2; cos, sin [max position, E/2], F32) and stores q [N, H*E] and rows
      * cache_row[n] of the caches k and v, which hold [rows, G*E] in an order that is the engine's own and that only
      * `attention` needs to know. Source: apply_rotary_pos_emb. */
     void (*rope_qkv)(Engine *e, Act *q, Act *k, Act *v, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm,
-                     float eps, int plus_one, const float *cos, const float *sin, const int *position,
+                     float eps, int plus_one, const Act *cos, const Act *sin, const int *position,
                      const int *cache_row, int N, int H, int G, int E);
 
     /* out[n,h,:] = sum_j softmax_j(scale * q[n,h,:] . k[j,g,:]) v[j,g,:], g = h / (H/G), j over the tokens of the row's
      * ancestors and its own segment up to itself, and i - j < window when window > 0.   out, q [N, H*E]
-     * lse [N,H] (NULL: not wanted): ln of the softmax's denominator, which the gradient needs. */
+     * lse [N,H], F32 (NULL: not wanted): ln of the softmax's denominator, which the gradient needs. */
     void (*attention)(Engine *e, Act *out, Act *lse, const Act *q, const Act *k, const Act *v, const Segment *segment,
                       const Run *run, int n_runs, int H, int G, int E, float scale, int window);
 
@@ -361,7 +370,7 @@ struct Engine {
 
     void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
 
-    /* Draws one token a row from logits [n,V]: softmax(logits / temperature), cut to the top_k largest (0: all; ties at
+    /* Draws one token a row from logits [n,V], F32: softmax(logits / temperature), cut to the top_k largest (0: all; ties at
      * the border all stay), then to the smallest set that reaches top_p (1: all), in the order HF applies them. The draw
      * is the token with the largest weight / -ln(1 - u), u uniform in (0,1) and keyed by (key[i], token): two engines whose logits
      * differ by rounding draw the same token unless two are all but tied. Temperature 0 takes the lowest id among the largest.
@@ -373,7 +382,7 @@ struct Engine {
      * train) are added to what is there, as segments and microbatches share them; gradients of activations are written,
      * or added where it says so. Every sum has one fixed order: no atomics, the same bits on any number of threads. */
 
-    void (*zero)(Engine *e, Act *x, size_t count);
+    void (*zero)(Engine *e, void *x, size_t bytes);
     void (*scatter)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[row[i],:] = x[i,:] */
 
     /* dtable[token[n],:] += scale * dx[n,:], rows with token -1 (injected) left out */
@@ -395,7 +404,7 @@ struct Engine {
     /* The way back through rope_qkv: dq [N,H*E], dk, dv [N,G*E] (rows of the batch, not of the cache) -> dqkv. */
     void (*rope_qkv_backward)(Engine *e, Act *dqkv, const Tensor *dq_norm, const Tensor *dk_norm, const Act *dq, const Act *dk,
                               const Act *dv, const Act *qkv, const Tensor *q_norm, const Tensor *k_norm, float eps,
-                              int plus_one, const float *cos, const float *sin, const int *position, int N, int H, int G, int E);
+                              int plus_one, const Act *cos, const Act *sin, const int *position, int N, int H, int G, int E);
 
     /* dq [N,H*E], dk and dv [N,G*E] of attention over segments whose every token is in this batch; a shared segment's dk and
      * dv sum over all its descendants. P_ij = exp(s_ij - lse_i), dS = P (dout . v_j - dout . out). */
@@ -405,7 +414,7 @@ struct Engine {
 
     void (*gated_backward)(Engine *e, Act *dgate_up, const Act *dout, const Act *gate_up, int N, int F, bool gelu);
 
-    /* logp[i] = log softmax(logits[i,:])[target[i]]; and its gradient, in the logits' place: dlogits = dlogp (onehot - softmax) */
+    /* logp[i] = log softmax(logits[i,:])[target[i]], logits F32; and its gradient, in the logits' place: dlogits = dlogp (onehot - softmax) */
     void (*token_logprob)(Engine *e, float *logp, const Act *logits, const int *target, int n, int V);
     void (*token_logprob_backward)(Engine *e, Act *logits, const float *logp, const float *dlogp, const int *target, int n, int V);
 
@@ -421,6 +430,16 @@ struct Engine {
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
  * threads 0 = all. Fails when bf16_dot is asked of a processor without it. NLA_CPU=avx512|avx2|any picks a narrower one. */
 Engine *engine_open(int threads, bool bf16_dot, Err *err);
+
+#ifdef NLA_CUDA
+/* The CUDA engine on the first GPU (kernels.cu), activations in bf16 or, for diffing, in fp32. Fails when the driver, a GPU or the
+ * cuBLASLt library is missing, and says which. */
+Engine *engine_open_cuda(DType act, Err *err);
+bool cuda_present(void); /* there is a driver and a GPU */
+#endif
+
+/* safetensors_save of tensors some of which may be memory of the engine. */
+int engine_save(Engine *e, const char *path, const Tensor *tensor, int n, Err *err);
 
 /* ------------------------------------------------------------------------------------------------ the model */
 
@@ -490,10 +509,10 @@ typedef struct {
     int cache_rows, used;   /* rows of the cache, rows given to segments */
     Segment *segment;       /* stb */
     Act **k, **v;           /* [blocks], each [cache_rows, G*E]; segments start at multiples of CACHE_ALIGN rows */
-    float *cos[2], *sin[2]; /* [max position, E/2] for global and local RoPE */
+    Act *cos[2], *sin[2];   /* [max position, E/2], F32, for global and local RoPE */
     int n_positions;
     Act *x, *xn, *qkv, *q, *att, *proj, *gate_up, *gated, *low; /* [max_rows, ...] */
-    Act *logits;            /* [LOGIT_ROWS, V] */
+    Act *logits;            /* [LOGIT_ROWS, V], F32 */
     Kept *kept;             /* [blocks + 1], of the last only `in`: the stream at the end. NULL: there is no way back */
     Act *dx, *dxn, *dproj, *dgated, *dgate_up, *dqkv, *dq, *datt, *dk, *dv, *dlow;
     Act **memory;           /* stb: all of them */
@@ -515,7 +534,7 @@ void forest_cut(Forest *forest, int segments); /* forgets all but the first `seg
 /* A new empty segment with room for `cap` tokens; its index, or -1 when the cache is full or the position too large. */
 int forest_add(Forest *forest, int parent, int cap, Err *err);
 /* Bytes a forest of that size takes, without making it (for --plan and inspect). */
-size_t forest_bytes(const Config *config, int blocks, int cache_rows, int max_rows, Passes passes);
+size_t forest_bytes(const Config *config, DType act, int blocks, int cache_rows, int max_rows, Passes passes);
 
 /* Tokens to append to segments of a forest: rows of one forward pass. Zero it before use. */
 typedef struct {
@@ -854,7 +873,7 @@ typedef struct {
     size_t *offset;     /* stb: of each in the flat memory */
     size_t count, bytes;
     Act *weight, *grad;
-    void *m, *v;
+    Act *m, *v;
     DType moments;      /* F32, or BF16 rounded stochastically */
     Model gradient;     /* the model's shape; its tensors are the gradients */
     Linear head;        /* of the value head, when there is one */
@@ -1036,6 +1055,36 @@ typedef struct {
 int page_write(const char *path, const Page *page, const char *json, size_t len, Err *err); /* json: valid, any content */
 void page_date(char date[32]); /* now, as the pages say it */
 
+/* ------------------------------------------------------------------------------------------------ engine against engine
+ * Cases of every op (verify.c), for `nla verify` and the tests: played on two engines they keep outputs that can be compared. */
+
+typedef struct {
+    const char *name;
+    size_t from, n;
+    double bound; /* of the difference, relative to the largest number expected */
+} OpOutput;
+
+typedef struct {
+    Engine *e;      /* borrowed */
+    uint64_t state; /* of the random inputs */
+    float *out;     /* stb: all outputs */
+    OpOutput *kept; /* stb: which is which */
+    Act **memory;   /* stb: of the engine */
+    void **host;    /* stb */
+} OpTape;
+
+enum { OP_SIZES = 10 };
+typedef struct {
+    const char *name;
+    void (*play)(OpTape *t, const int *size);
+    int size[OP_SIZES][6]; /* those whose first number is not 0 */
+} OpCase;
+
+extern const OpCase op_cases[]; /* the last one's name is NULL */
+void op_tape_close(OpTape *t);  /* not the engine */
+/* An output's largest difference relative to the largest number expected, and the two numbers; infinite where one is NaN. */
+double op_difference(const OpTape *want, const OpTape *have, int output, double *expected, double *got);
+
 /* ------------------------------------------------------------------------------------------------ the command layer
  * What the commands share: the settings a command line gives, and what most commands load. */
 
@@ -1049,7 +1098,7 @@ struct Settings {
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale, save_every;
-    bool resume, plan, merge, json, quiet, bf16, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, merge, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
 };
 
 /* What most commands work with. */
@@ -1097,6 +1146,7 @@ int run_train(const Settings *s, Err *err);
 int run_export(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 int run_report(const Settings *s, Err *err);
+int run_verify(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
 int nla_main(int argc, char **argv);

@@ -586,7 +586,7 @@ static void update(TrainRun *r, Params *p, const Schedule *schedule, double loss
     Engine *e = r->engine;
     bool good = isfinite(loss);
     if (!good) {
-        e->zero(e, p->grad, p->count);
+        e->zero(e, p->grad, p->count * sizeof(float));
         *norm = NAN;
     } else {
         good = params_step(p, schedule, norm);

@@ -802,8 +802,9 @@ void json_text(FILE *out, const char *key, const char *text) {
 
 void json_number(FILE *out, const char *key, double value) {
     fprintf(out, ", \"%s\": ", key);
+    bool whole = fabs(value) < 1e15 && value == floor(value); /* a count keeps all its digits */
     if (isfinite(value))
-        fprintf(out, "%.6g", value);
+        fprintf(out, whole ? "%.0f" : "%.6g", value);
     else
         fputs("null", out);
 }

@@ -89,10 +89,10 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
     p->tensor = trained_tensors(model, lora, head);
     p->count = count_elements(p->tensor);
     p->bytes = p->count * (2 * sizeof(float) + 2 * dtype_size(moments));
-    p->weight = e->alloc(e, p->count);
-    p->grad = e->alloc(e, p->count);
-    p->m = calloc(p->count + 1, dtype_size(moments));
-    p->v = calloc(p->count + 1, dtype_size(moments));
+    p->weight = e->alloc(e, DT_F32, p->count);
+    p->grad = e->alloc(e, DT_F32, p->count);
+    p->m = e->alloc(e, moments, p->count);
+    p->v = e->alloc(e, moments, p->count);
     if (!p->weight || !p->grad || !p->m || !p->v) {
         fail(err, "not enough memory: %.2f GB for %zu trained numbers, their gradients and moments; train adapters (--lora-rank) "
              "or keep the moments in bf16", (double)p->bytes / 1e9, p->count);
@@ -107,6 +107,7 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
         float *host = xmalloc(n * sizeof(float));
         (void)tensor_to_floats(host, t); /* a model's tensors have been checked to be of those types */
         e->write(e, p->weight, at, host, n);
+        e->forget(e, t->data, t->bytes);
         free(host);
         if (lora && (!head || t != &head->w[0])) {
             free((void *)t->data); /* the adapters' own memory, where they were until now */
@@ -116,7 +117,9 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
         arrput(p->offset, at);
         at += n;
     }
-    e->zero(e, p->grad, p->count);
+    e->zero(e, p->grad, p->count * sizeof(float));
+    e->zero(e, p->m, p->count * dtype_size(moments));
+    e->zero(e, p->v, p->count * dtype_size(moments));
     point_gradients(p, model, lora, head);
     for (int i = 0; i < (int)arrlen(p->tensor); i++) {
         p->tensor[i].tensor->data = (float *)p->weight + p->offset[i];
@@ -135,8 +138,8 @@ void params_close(Params *p) {
     arrfree(p->offset);
     p->engine->free(p->engine, p->weight);
     p->engine->free(p->engine, p->grad);
-    free(p->m);
-    free(p->v);
+    p->engine->free(p->engine, p->m);
+    p->engine->free(p->engine, p->v);
     free_shape(&p->gradient);
     *p = (Params){0};
 }
@@ -162,7 +165,7 @@ bool params_step(Params *p, const Schedule *s, double *norm) {
         e->adamw(e, p->weight, p->grad, p->m, p->v, p->moments, p->count, &s->adamw, (float)learning_rate(s, p->step), p->step,
                  (float)scale, random_key(s->seed, (uint64_t)p->step, 0, 7));
     }
-    e->zero(e, p->grad, p->count);
+    e->zero(e, p->grad, p->count * sizeof(float));
     return finite;
 }
 
@@ -213,7 +216,7 @@ static int av_rows(const Verbalizer *av, int groups, int responses, int tokens, 
 
 size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens, Passes passes) {
     int cache, rows = av_rows(av, groups, responses, tokens, &cache);
-    return forest_bytes(&av->model.config, av->model.config.n_layers, cache, rows, passes);
+    return forest_bytes(&av->model.config, av->model.engine->act_dtype, av->model.config.n_layers, cache, rows, passes);
 }
 
 /* The tokens of group g: its tail, then each response behind the prompt's last token, every one of them wanted. */
@@ -312,9 +315,9 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
     size_t width = (size_t)texts * (size_t)p->ar->model.config.hidden_size;
     if (texts > p->room) {
         free_vectors(p);
-        p->last = e->alloc(e, width);
-        p->out = e->alloc(e, width);
-        p->dout = e->alloc(e, width);
+        p->last = e->alloc(e, e->act_dtype, width);
+        p->out = e->alloc(e, e->act_dtype, width);
+        p->dout = e->alloc(e, e->act_dtype, width);
         p->room = texts;
         if (!p->last || !p->out || !p->dout) {
             return fail(err, "not enough memory for %d texts at once", texts);
@@ -324,7 +327,7 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
 }
 
 size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes) {
-    return forest_bytes(&ar->model.config, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
+    return forest_bytes(&ar->model.config, ar->model.engine->act_dtype, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
 }
 
 /* d mse_nrm / d pred = -2 s^2/D (gold / |pred||gold| - cos pred / |pred|^2) */
@@ -393,7 +396,7 @@ int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *
         e->write(e, p->dout, 0, d, count);
         e->linear_weight_backward(e, &params->head, p->dout, p->last, n);
         e->linear_backward(e, p->out, p->dout, &r->head, n, false); /* the predictions have been read */
-        e->zero(e, f->dx, arrlenu(p->batch.token) * (size_t)D);
+        e->zero(e, f->dx, arrlenu(p->batch.token) * (size_t)D * dtype_size(e->act_dtype));
         e->scatter(e, f->dx, p->out, p->end_row, n, D);
         model_backward(f, &p->batch, &params->gradient);
     }

@@ -35,7 +35,7 @@ says() { # says STATUS WORDS COMMAND...: exit status, and words on stdout or std
 equal() { if [ "$1" = "$2" ]; then ok; else bad "$3: '$1' instead of '$2'"; fi; }
 
 awk 'BEGIN { srand(7); n = split("bread water letter storm king river price engine friend garden \"We will go,\" said the old captain at last", w, " ")
-    for (i = 0; i < 400; i++) { printf "{\"doc_id\": \"doc%d\", \"text\": \"", i; for (j = 0; j < 40 + int(rand() * 80); j++) { x = w[1 + int(rand() * n)]; gsub(/"/, "\\\"", x); printf "%s%s", j ? " " : "", x }
+    for (i = 0; i < 400; i++) { printf "{\"doc_id\": \"doc%d\", \"text\": \"", i; for (j = 0; j < 160 + int(rand() * 160); j++) { x = w[1 + int(rand() * n)]; gsub(/"/, "\\\"", x); printf "%s%s", j ? " " : "", x }
         print "\"}" } }' >"$work/corpus.jsonl"
 extract=("$NLA" data extract --model $model --layer 2 --in "$work/corpus.jsonl" --quiet --min-context 12 --positions-per-doc 4)
 

@@ -1,0 +1,55 @@
+"""Bugs for the tests of the kernels to find (tests/cuda_test.sh): writes a copy of kernels.cu with all of them in it, each switched on by
+its number in the environment's NLA_MUTANT, and prints a line for each: number, the tests that must fail, what it is.
+
+    tests/mutants.py OUT
+"""
+import sys
+
+BARRIER = "__syncthreads();"
+MAYBE = "if (MUTANT != %d) { __syncthreads(); }"
+
+# what it is, the tests that must find it, what stands in kernels.cu (once), what takes its place (%d: the mutant's number)
+MUTANTS = [
+    ("off by one: a row's end", "kernels/rows",
+     "for (int d = (int)threadIdx.x * W; d < D; d +=", "for (int d = (int)threadIdx.x * W; d < D + (MUTANT == %d ? W : 0); d +="),
+    ("missing barrier before a sum is read", "kernels/rmsnorm", BARRIER + "\n    S sum = 0;", MAYBE + "\n    S sum = 0;"),
+    ("missing barrier before a sum's place is used again", "kernels/rmsnorm",
+     BARRIER + " /* before the next sum writes partial */", MAYBE),
+    ("missing barrier between loading keys and using them", "kernels/attention",
+     BARRIER + "\n            tile_product<false, true>(score", MAYBE + "\n            tile_product<false, true>(score"),
+    ("missing barrier before the next keys are loaded", "kernels/attention",
+     "TileShape{R, W, C, padded(C), ld, ld}, true);\n            " + BARRIER + "\n        }\n    }\n    for (int at = (int)threadIdx.x; at < pairs * a.E; "
+     "at += (int)blockDim.x) {\n        int r = at / a.E, x = at % a.E;\n        out[",
+     "TileShape{R, W, C, padded(C), ld, ld}, true);\n            " + MAYBE + "\n        }\n    }\n    for (int at = (int)threadIdx.x; at < pairs * a.E; "
+     "at += (int)blockDim.x) {\n        int r = at / a.E, x = at %% a.E;\n        out["),
+    ("uninitialised shared memory", "kernels/attention", "        o[i] = 0;", "        if (MUTANT != %d) { o[i] = 0; }"),
+    ("uninitialised device memory", "kernels/rmsnorm", "    if (threadIdx.x == 0) {\n        r[blockIdx.x] =",
+     "    if (threadIdx.x == 0 && (MUTANT != %d || blockIdx.x != 2)) {\n        r[blockIdx.x] ="),
+    ("a product that adds to what was never written", "kernels/linear", "dtype_of(c, dx, DTYPE<T>), 1, add ? 1.0f : 0.0f",
+     "dtype_of(c, dx, DTYPE<T>), 1, add || MUTANT == %d ? 1.0f : 0.0f"),
+    ("off by one: the window", "kernels/attention", "? query - window + 1 - position : 0;", "? query - window + 1 - position + (MUTANT == %d) : 0;"),
+    ("off by one: the causal mask", "kernels/attention", "*to = own && query - position + 1 < n_keys ? query - position + 1 : n_keys;",
+     "*to = own && query - position + 1 < n_keys ? query - position + 1 + (MUTANT == %d) : n_keys;"),
+    ("a barrier that some threads pass by", "kernels/losses", "largest = block_max(largest);",
+     "largest = MUTANT == %d && threadIdx.x >= 32 ? largest : block_max(largest);"),
+    ("off by one: a chunk's end", "kernels/linear", "int to = from + chunk < rows ? from + chunk : rows;",
+     "int to = from + chunk < rows ? from + chunk - (MUTANT == %d) : rows;"),
+    ("off by one: where a gradient goes", "kernels/attention", "dq[row * (size_t)a.E + (size_t)x] =",
+     "dq[row * (size_t)a.E + (size_t)x + (MUTANT == %d)] ="),
+    ("off by one: reading behind a list", "kernels/embed", "i < first[blockIdx.x + 1]; i++", "i < first[blockIdx.x + 1] + (MUTANT == %d); i++"),
+    ("off by one: top-k", "kernels/sample", "count_from(*d, border | bit) >= top_k", "count_from(*d, border | bit) >= top_k + (MUTANT == %d)"),
+    ("a copy of weights that does not follow the optimizer", "kernels/copies", "touch_copies(c, w, count * sizeof(float), false);",
+     "if (MUTANT != %d) { touch_copies(c, w, count * sizeof(float), false); }"),
+    ("a number that no thread updates", "kernels/adamw", "i < count && i < from + 1024; i += blockDim.x) {\n        float gradient",
+     "i < count && i < from + 1024 - (MUTANT == %d); i += blockDim.x) {\n        float gradient"),
+    ("an exchange left out", "kernels/attention", "    sum = warp_sum(sum);\n    if (pair < pairs", "    sum = MUTANT == %d ? sum : warp_sum(sum);\n    if (pair < pairs"),
+]
+
+text = open("kernels.cu").read()
+for number, (what, suite, old, new) in enumerate(MUTANTS, 1):
+    if text.count(old) != 1:
+        sys.exit("tests/mutants.py: %r must stand once in kernels.cu, it stands %d times" % (old, text.count(old)))
+    text = text.replace(old, new % number)
+    print(number, suite, what)
+text = text.replace('#include "nla.h"', '#include "nla.h"\n#include <cstdlib>\nstatic const int MUTANT = atoi(getenv("NLA_MUTANT"));', 1)
+open(sys.argv[1], "w").write(text)

@@ -1,0 +1,266 @@
+/* Every kernel of kernels.cu, run on the CPU by tests/cuda_shim.h, against the CPU engine's ops: forward and backward, fp32 and bf16,
+ * odd sizes, threads in several orders. (tests/test_model.c, test_method.c and test_train.c are built once more for this engine,
+ * as the suites shim_model, shim_method and shim_train.) */
+#include "../nla.h"
+#include "cuda_shim.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <stb/stb_ds.h>
+
+/* engine_open of the suites that are built again. */
+Engine *shim_engine(int threads, bool bf16_dot, Err *err);
+
+Engine *shim_engine(int threads, bool bf16_dot, Err *err) {
+    if (bf16_dot) {
+        fail(err, "the shim is tested in fp32 here");
+        return NULL;
+    }
+    setenv("NLA_SHIM", "1", 1);
+    shim_order((uint64_t)threads); /* which results must not depend on */
+    return engine_open_cuda(DT_F32, err);
+}
+
+static Engine *open_shim(DType act) {
+    Err err = {0};
+    setenv("NLA_SHIM", "1", 1);
+    Engine *e = engine_open_cuda(act, &err);
+    cr_assert(e, "%s", err.msg);
+    return e;
+}
+
+/* ------------------------------------------------------------------------------------------------ the ops
+ * verify.c's cases, played on the CPU engine and, in several orders of threads, on the shim. */
+
+static void compare(const OpTape *want, const OpTape *have, const char *op) {
+    cr_assert(arrlen(want->kept) == arrlen(have->kept));
+    for (int i = 0; i < (int)arrlen(want->kept); i++) {
+        const OpOutput *k = &have->kept[i];
+        double expected, got, apart = op_difference(want, have, i, &expected, &got);
+        cr_assert(apart <= k->bound, "op %s, %s: %.9g instead of %.9g, %.2e of the largest (bound %.1e)", op, k->name, got, expected, apart,
+                  k->bound);
+    }
+}
+
+static OpTape play(const OpCase *c, const int *size, Engine *e) {
+    OpTape t = {.e = e};
+    Err err = {0};
+    c->play(&t, size);
+    cr_assert(e->check(e, &err) == 0, "%s", err.msg);
+    return t;
+}
+
+static void wipe(OpTape *t) {
+    Engine *e = t->e;
+    op_tape_close(t);
+    e->close(e);
+}
+
+static void check_size(const OpCase *c, const int *size) {
+    Err err = {0};
+    OpTape cpu = play(c, size, engine_open(1, false, &err));
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        OpTape first = {0};
+        for (uint64_t order = 0; order < 3; order++) {
+            shim_order(order * 7919);
+            OpTape gpu = play(c, size, open_shim(bf16 ? DT_BF16 : DT_F32));
+            compare(&cpu, &gpu, c->name);
+            if (order == 0) {
+                first = gpu;
+                continue;
+            }
+            cr_assert(memcmp(first.out, gpu.out, arrlenu(gpu.out) * sizeof(float)) == 0, "op %s: depends on the order of threads", c->name);
+            wipe(&gpu);
+        }
+        wipe(&first);
+    }
+    wipe(&cpu);
+}
+
+static const OpCase *case_of(const char *name) {
+    const OpCase *c = op_cases;
+    while (c->name && strcmp(c->name, name) != 0) {
+        c++;
+    }
+    cr_assert(c->name, "no op's case is called %s", name);
+    return c;
+}
+
+static void check(const char *name) {
+    const OpCase *c = case_of(name);
+    for (int i = 0; i < OP_SIZES && c->size[i][0]; i++) {
+        check_size(c, c->size[i]);
+    }
+    cr_assert(shim_buffers() == 0, "%s: %zu device buffers were not freed", name, shim_buffers());
+}
+
+Test(kernels, embed) { check("embed"); }
+Test(kernels, rmsnorm) { check("rmsnorm"); }
+Test(kernels, gated) { check("gated"); }
+Test(kernels, rows) { check("rows"); }
+Test(kernels, linear) { check("linear"); }
+Test(kernels, lora) { check("lora"); }
+Test(kernels, attention) { check("attention"); }
+Test(kernels, attention_wide_heads) { check("wide attention"); }
+Test(kernels, attention_of_single_tokens) { check("decoding"); }
+Test(kernels, losses) { check("losses"); }
+Test(kernels, sample) { check("sample"); }
+Test(kernels, adamw) { check("adamw"); }
+
+/* As on an A100 (163 KB) and with barely enough: other tiles, the same numbers. */
+Test(kernels, attention_takes_smaller_tiles_where_shared_memory_is_small) {
+    shim_limit_shared(163 * 1024);
+    check_size(case_of("attention"), (int[6]){2, 1, 256, 0, 0, 1});
+    shim_limit_shared(60 * 1024);
+    check_size(case_of("attention"), (int[6]){3, 1, 64, 0, 0, 0});
+    shim_limit_shared(0);
+}
+
+/* ------------------------------------------------------------------------------------------------ the engine */
+
+static Act *room(OpTape *t, DType dtype, size_t n) {
+    Act *x = t->e->alloc(t->e, dtype, n);
+    cr_assert(x);
+    arrput(t->memory, x);
+    return x;
+}
+
+/* Weights on the host may change between uses when that is announced, and trained ones whenever the optimizer runs. */
+Test(kernels, copies_of_weights_follow_their_source) {
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        OpTape t = {.e = open_shim(bf16 ? DT_BF16 : DT_F32)};
+        Engine *e = t.e;
+        float w[2] = {1, 2}, y;
+        Linear linear = {.n = 1, .in = 2, .out = 1, .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {1, 2}, .data = w, .bytes = sizeof w}}};
+        Act *x = room(&t, e->act_dtype, 2), *out = room(&t, e->act_dtype, 1);
+        e->write(e, x, 0, (float[]){1, 1}, 2);
+        e->linear(e, out, x, &linear, 1);
+        e->read(e, &y, out, 0, 1);
+        cr_assert(y == 3);
+        e->forget(e, w, sizeof w);
+        w[0] = 5;
+        e->linear(e, out, x, &linear, 1);
+        e->read(e, &y, out, 0, 1);
+        cr_assert(y == 7);
+        Act *trained = room(&t, DT_F32, 10), *g = room(&t, DT_F32, 10), *m = room(&t, DT_F32, 10), *v = room(&t, DT_F32, 10);
+        float start[10] = {0, 0, 0, 0, 4, 8};
+        e->write(e, trained, 0, start, 10);
+        e->write(e, g, 0, (float[10]){0, 0, 0, 0, 1, 1}, 10);
+        e->zero(e, m, 40);
+        e->zero(e, v, 40);
+        linear.w[0].data = (float *)trained + 4;
+        e->linear(e, out, x, &linear, 1);
+        e->read(e, &y, out, 0, 1);
+        cr_assert(y == 12);
+        e->adamw(e, trained, g, m, v, DT_F32, 10, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1 */
+        e->linear(e, out, x, &linear, 1);
+        e->read(e, &y, out, 0, 1);
+        cr_assert(fabsf(y - 10) < 1e-4f, "%g", (double)y);
+        wipe(&t);
+    }
+    cr_assert(shim_buffers() == 0);
+}
+
+Test(kernels, a_failed_allocation_is_reported_and_nothing_runs_after_it) {
+    OpTape t = {.e = open_shim(DT_F32)};
+    Err err = {0};
+    float numbers[8] = {0};
+    Act *x = room(&t, DT_F32, 2), *y = room(&t, DT_F32, 4);
+    Linear linear = {.n = 1, .in = 2, .out = 4, .w = {{.dtype = DT_BF16, .n_dims = 2, .shape = {4, 2}, .data = numbers, .bytes = 16}}};
+    t.e->write(t.e, x, 0, numbers, 2);
+    cr_assert(t.e->check(t.e, &err) == 0);
+    shim_fail_after(0);
+    cr_assert(t.e->alloc(t.e, DT_F32, 100) == NULL);
+    cr_assert(t.e->check(t.e, &err) == 0, "an alloc that fails is its caller's to report");
+    t.e->linear(t.e, y, x, &linear, 1); /* the copy of the weight */
+    float out[4] = {0};
+    t.e->read(t.e, out, y, 0, 4);
+    cr_assert(isnan(out[0]));
+    cr_assert(t.e->check(t.e, &err) == -1 && strstr(err.msg, "no memory for the weights"), "%s", err.msg);
+    shim_fail_after(-1);
+    wipe(&t);
+}
+
+/* ------------------------------------------------------------------------------------------------ whole passes in bf16 */
+
+typedef struct {
+    float *logp; /* [tokens] */
+    int tokens;
+} Loss;
+
+static void cross_entropy(void *context, const float *logp, float *dlogp, int first, int n) {
+    Loss *x = context;
+    for (int i = 0; i < n; i++) {
+        x->logp[first + i] = logp[i];
+        dlogp[i] = -1.0f / (float)x->tokens;
+    }
+}
+
+enum { GROUPS = 2, SAMPLES = 2, LENGTH = 9, TOKENS = GROUPS * SAMPLES * LENGTH };
+
+/* An AV's pass there and back on an engine that it opens: log-probabilities [TOKENS] and the flat gradient (to be freed). */
+static float *av_there_and_back(Engine *e, const char *dir, float *logp, size_t *count) {
+    Err err = {0};
+    Verbalizer av;
+    Params p;
+    cr_assert(verbalizer_open(&av, dir, NULL, NAN, e, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &av.model, false, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    int D = av.model.config.hidden_size, V = av.model.config.vocab_size, id[GROUPS * SAMPLES][LENGTH], length[SAMPLES] = {LENGTH, LENGTH};
+    float *vector = xmalloc((size_t)(GROUPS * D) * sizeof(float));
+    const int *token[GROUPS * SAMPLES];
+    for (int i = 0; i < GROUPS * D; i++) {
+        vector[i] = (float)random_uniform(5, (uint64_t)i, 0, 0) - 0.5f;
+    }
+    for (int s = 0; s < GROUPS * SAMPLES; s++) {
+        token[s] = id[s];
+        for (int i = 0; i < LENGTH; i++) {
+            id[s][i] = (int)(random_uniform(6, (uint64_t)s, (uint64_t)i, 0) * V);
+        }
+    }
+    AvGroup group[GROUPS];
+    for (int g = 0; g < GROUPS; g++) {
+        group[g] = (AvGroup){.vector = vector + g * D, .row = g, .token = token + g * SAMPLES, .length = length, .samples = SAMPLES};
+    }
+    AvPass pass = {.av = &av, .passes = TRAINING};
+    Loss x = {logp, TOKENS};
+    TokenLoss loss = {&x, cross_entropy};
+    cr_assert(av_pass(&pass, group, GROUPS, &loss, &p.gradient, &err) == 0, "%s", err.msg);
+    *count = p.count;
+    float *grad = xmalloc(p.count * sizeof(float));
+    e->read(e, grad, p.grad, 0, p.count);
+    av_pass_close(&pass);
+    params_close(&p);
+    verbalizer_close(&av);
+    free(vector);
+    e->close(e);
+    return grad;
+}
+
+/* What rounding every activation and weight to 8 bits does to these models. PyTorch's own bf16 against its fp32 on them, on random tokens:
+ * gradients 3.0 to 7.1% apart, log-probabilities 0.06 to 0.17. */
+Test(kernels, a_pass_in_bf16_there_and_back_stays_near_fp32_in_every_family) {
+    static const char *const pairs[] = {"tests/golden/pair_llama/av", "tests/golden/pair_qwen2/av", "tests/golden/pair_qwen3/av",
+                                        "tests/golden/pair_gemma3/av"};
+    for (int i = 0; i < 4; i++) {
+        Err err = {0};
+        float want[TOKENS], have[TOKENS];
+        size_t n, m;
+        float *a = av_there_and_back(engine_open(1, false, &err), pairs[i], want, &n);
+        float *b = av_there_and_back(open_shim(DT_BF16), pairs[i], have, &m);
+        double apart = 0, size = 0, most = 0;
+        cr_assert(n == m);
+        for (size_t j = 0; j < n; j++) {
+            apart += ((double)b[j] - (double)a[j]) * ((double)b[j] - (double)a[j]);
+            size += (double)a[j] * (double)a[j];
+        }
+        for (int j = 0; j < TOKENS; j++) {
+            most = fmax(most, fabs((double)have[j] - (double)want[j]));
+        }
+        cr_assert(sqrt(apart / size) < 0.1 && most < 0.2, "%s: gradient %.2e apart, log-probabilities %.2e", pairs[i], sqrt(apart / size), most);
+        free(a);
+        free(b);
+    }
+}
