@@ -560,7 +560,7 @@ static int say_need(Extract *x, int64_t *documents, Err *err) {
 
 /* True when a document of that id has been before. */
 static bool seen_before(Extract *x, const char *id) {
-    uint64_t hash = XXH3_64bits(id, strlen(id));
+    uint64_t hash = map_key(XXH3_64bits(id, strlen(id)));
     if (hmgeti(x->seen, hash) >= 0) {
         return true;
     }

@@ -350,6 +350,10 @@ void corpus_close(Corpus *c) {
 static const char VECTORS[] = "activations.safetensors", ROWS[] = "rows.jsonl", SIDECAR[] = "nla_meta.yaml";
 enum { HEADER_BYTES = 1024 }; /* kept free in front of the vectors; three tensors take under 400 */
 
+uint64_t map_key(uint64_t hash) {
+    return hash & 0x7fffffff7fffffffu;
+}
+
 uint64_t row_id_of(const char *doc_id, int64_t n_raw_tokens) {
     char *name = xprintf("%s#%lld", doc_id, (long long)n_raw_tokens);
     uint64_t id = XXH3_64bits(name, strlen(name));

@@ -749,6 +749,7 @@ int explanations_open(ExplanationIndex *e, const char *paths, Err *err);
 void explanations_close(ExplanationIndex *e);
 /* The row's explanation, by its id or its prefix's hash, to be freed as *by is (who wrote it; "file" when it does not say); NULL: none. */
 char *explanation_find(const ExplanationIndex *e, const Row *row, char **by, Err *err);
+uint64_t map_key(uint64_t hash); /* 62 bits of it: stb_ds's own hash of eight bytes shifts the other two into a sign bit */
 /* An explanation as a writer wrote it -> two or more paragraphs separated by a blank line, to be freed: what stands between its tags
  * when it has them; list marks, emphasis and headings taken off. NULL: it cannot be used, *why says for which reason. */
 char *explanation_clean(const char *text, size_t len, const char **why);

@@ -136,6 +136,7 @@ static int index_line(ExplanationIndex *e, int file, size_t at, size_t len, int6
         static const char *const keys[] = {"row_id", "prefix"};
         for (int k = 0; k < 2; k++) {
             if (hex_id(&json, keys[k], &id)) {
+                id = map_key(id);
                 known = true;
                 if (explained && hmgeti(e->place, id) < 0) {
                     ExplanationPlace where = {file, at};
@@ -199,8 +200,8 @@ void explanations_close(ExplanationIndex *e) {
 
 char *explanation_find(const ExplanationIndex *e, const Row *row, char **by, Err *err) {
     ExplanationMap *map = e->place;
-    ptrdiff_t at = map ? hmgeti(map, row->id) : -1;
-    at = map && at < 0 ? hmgeti(map, row->prefix) : at;
+    ptrdiff_t at = map ? hmgeti(map, map_key(row->id)) : -1;
+    at = map && at < 0 ? hmgeti(map, map_key(row->prefix)) : at;
     if (at < 0) {
         return NULL;
     }
