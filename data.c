@@ -565,7 +565,7 @@ static int describe(const DatasetWriter *w, Yaml *y, Err *err) {
     dataset_norms(&d, &norms);
     const Yaml *stage = yaml_get(y, "stage"), *layer = yaml_get(y, "extraction.layer_index");
     char *id = xprintf("%s-L%s-%016llx", stage && stage->text ? stage->text : "base", layer && layer->text ? layer->text : "?",
-                       (unsigned long long)XXH3_64bits(d.row_id, (size_t)d.n * sizeof *d.row_id));
+                       (unsigned long long)(d.row_id && d.n > 0 ? XXH3_64bits(d.row_id, (size_t)d.n * sizeof *d.row_id) : 0));
     yaml_set(y, "dataset_id", id, true);
     yaml_set_number(y, "extraction.norms.mean", norms.mean);
     yaml_set_number(y, "extraction.norms.deviation", norms.deviation);

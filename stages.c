@@ -81,8 +81,8 @@ static const char *text_at(const Yaml *y, const char *key) {
     return node && node->kind == YAML_SCALAR && node->text ? node->text : "";
 }
 
-void dataset_tell(const Settings *s, const char *dir, const Yaml *y) {
-    double rows = number_at(y, "row_count");
+void dataset_tell(const Settings *s, const char *dir, const Yaml *sidecar) {
+    double rows = number_at(sidecar, "row_count");
     char *path = xprintf("%s/activations.safetensors", dir);
     struct stat st;
     double bytes = stat(path, &st) == 0 ? (double)st.st_size : 0;
@@ -92,24 +92,24 @@ void dataset_tell(const Settings *s, const char *dir, const Yaml *y) {
     free(path);
     if (s->json) {
         printf("{\"dataset\": ");
-        json_write_string(stdout, text_at(y, "dataset_id"), strlen(text_at(y, "dataset_id")));
+        json_write_string(stdout, text_at(sidecar, "dataset_id"), strlen(text_at(sidecar, "dataset_id")));
         json_number(stdout, "rows", rows);
         json_number(stdout, "bytes", bytes);
-        json_number(stdout, "layer", number_at(y, "extraction.layer_index"));
-        json_number(stdout, "norm_mean", number_at(y, "extraction.norms.mean"));
-        json_number(stdout, "norm_median", number_at(y, "extraction.norms.median"));
-        json_number(stdout, "var_nrm", number_at(y, "extraction.var_nrm"));
-        json_number(stdout, "suggested_injection_scale", number_at(y, "extraction.suggested_injection_scale"));
+        json_number(stdout, "layer", number_at(sidecar, "extraction.layer_index"));
+        json_number(stdout, "norm_mean", number_at(sidecar, "extraction.norms.mean"));
+        json_number(stdout, "norm_median", number_at(sidecar, "extraction.norms.median"));
+        json_number(stdout, "var_nrm", number_at(sidecar, "extraction.var_nrm"));
+        json_number(stdout, "suggested_injection_scale", number_at(sidecar, "extraction.suggested_injection_scale"));
         puts("}");
         return;
     }
-    printf("%s: %.0f rows, %.3f GB\n", text_at(y, "dataset_id"), rows, bytes / 1e9);
+    printf("%s: %.0f rows, %.3f GB\n", text_at(sidecar, "dataset_id"), rows, bytes / 1e9);
     printf("  norm: mean %.4g, deviation %.3g; least %.4g, 1%% %.4g, median %.4g, 99%% %.4g, most %.4g\n",
-           number_at(y, "extraction.norms.mean"), number_at(y, "extraction.norms.deviation"), number_at(y, "extraction.norms.least"),
-           number_at(y, "extraction.norms.percent_1"), number_at(y, "extraction.norms.median"),
-           number_at(y, "extraction.norms.percent_99"), number_at(y, "extraction.norms.most"));
-    printf("  var_nrm %.4f (of these rows); suggested injection_scale %g\n", number_at(y, "extraction.var_nrm"),
-           number_at(y, "extraction.suggested_injection_scale"));
+           number_at(sidecar, "extraction.norms.mean"), number_at(sidecar, "extraction.norms.deviation"), number_at(sidecar, "extraction.norms.least"),
+           number_at(sidecar, "extraction.norms.percent_1"), number_at(sidecar, "extraction.norms.median"),
+           number_at(sidecar, "extraction.norms.percent_99"), number_at(sidecar, "extraction.norms.most"));
+    printf("  var_nrm %.4f (of these rows); suggested injection_scale %g\n", number_at(sidecar, "extraction.var_nrm"),
+           number_at(sidecar, "extraction.suggested_injection_scale"));
 }
 
 /* ------------------------------------------------------------------------------------------------ a dataset made from others */

@@ -22,7 +22,7 @@
 static const char OPEN_TAG[] = "<explanation>", CLOSE_TAG[] = "</explanation>";
 
 static const char *skip_space(const char *p, const char *end) {
-    while (p < end && (*p == ' ' || *p == '\t' || *p == '\r')) {
+    while (p < end && *p == ' ') {
         p++;
     }
     return p;
@@ -76,19 +76,22 @@ static const char *between_tags(const char *text, size_t *len) {
 }
 
 char *explanation_clean(const char *text, size_t len, const char **why) {
-    const char *p = between_tags(text, &len);
-    if (!p) {
+    const char *inside = between_tags(text, &len);
+    if (!inside) {
         *why = "no closing tag";
         return NULL;
     }
-    const char *end = p + len;
-    char *out = NULL;
+    char *plain = xstrndup(inside, len), *out = NULL;
+    for (size_t i = 0; i < len; i++) { /* NULs and other control characters are blanks */
+        plain[i] = (unsigned char)plain[i] < ' ' && plain[i] != '\n' ? ' ' : plain[i];
+    }
+    const char *p = plain, *end = p + len;
     int paragraphs = 0;
     bool fresh = true, headed = false; /* the next words open a paragraph; a heading went before, which they join */
     while (p < end) {
         const char *line = memchr(p, '\n', (size_t)(end - p)), *next = line ? line + 1 : end, *from = skip_space(p, end);
         line = line ? line : end;
-        while (line > from && strchr(" \t\r", line[-1])) {
+        while (line > from && line[-1] == ' ') {
             line--;
         }
         const char *words = skip_mark(from, line);
@@ -109,6 +112,7 @@ char *explanation_clean(const char *text, size_t len, const char **why) {
     *why = !arrlen(out) ? "empty" : paragraphs < 2 ? "fewer than two features" : memmem(out, arrlenu(out), OPEN_TAG, strlen(OPEN_TAG)) ? "a tag inside" : NULL;
     char *clean = *why ? NULL : xstrndup(out, arrlenu(out));
     arrfree(out);
+    free(plain);
     return clean;
 }
 
