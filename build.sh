@@ -372,7 +372,7 @@ check_cuda() {
     check "nvcc warns of nothing" test "$(grep -ci warning "$log")" = 0
     grep -B 2 -E '[1-9][0-9]* bytes spill' "$log" || true
     check "no register is spilled" test "$(grep -cE '[1-9][0-9]* bytes spill' "$log")" = 0
-    check "the program with CUDA starts" build/cuda/nla help >/dev/null
+    check "the program with CUDA starts" sh -c 'build/cuda/nla help >/dev/null'
     if [ -e /dev/nvidiactl ]; then return; fi
     check "without a driver --device cuda says so" grep -q -- '--device cuda: ' \
         <(build/cuda/nla inspect --device cuda tests/golden/qwen2 2>&1 >/dev/null)
