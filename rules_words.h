@@ -318,7 +318,7 @@ static const struct {
         "variables version versions view ways whether wide works writing written wrong zero"},
 };
 
-/* Subjects: names to choose from, words that speak for them, and words of which one must be there to say the name (NULL: none). */
+/* Subjects: names to choose from, words of which one must be there to say the name (NULL: none), words that speak for it. */
 static const struct {
     const char *name, *needs, *words;
 } domains[] = {
