@@ -54,6 +54,32 @@ static int append(DatasetWriter *w, const Row *r, const float *v, const char *ex
     return dataset_append(w, v, r->n_raw_tokens, r->id, r->doc_id, r->text, r->text_len, explanation, err);
 }
 
+/* Every row, in order, to the writer that writer_of names for it; with the vector of row from[i] instead of its own when `from` is given. */
+static int copy_rows(const Dataset *d, DatasetWriter *(*writer_of)(void *context, const Row *row), void *context, const int64_t *from,
+                     Err *err) {
+    float *v = xmalloc((size_t)d->d_model * sizeof(float));
+    int status = 0;
+    for (int64_t i = 0; i < d->n && status == 0; i++) {
+        Row row;
+        if (!from) {
+            dataset_passed(d, i);
+        }
+        dataset_vector(d, from ? from[i] : i, v);
+        status = row_open(&row, d, i, err);
+        if (status == 0) {
+            status = append(writer_of(context, &row), &row, v, row.explanation, err);
+            row_close(&row);
+        }
+    }
+    free(v);
+    return status;
+}
+
+static DatasetWriter *one_writer(void *context, const Row *row) {
+    (void)row;
+    return context;
+}
+
 int rows_open(Dataset *d, const char *path, Err *err) {
     if (dataset_open(d, path, err) != 0) {
         return -1;
@@ -152,23 +178,6 @@ static int same_settings(const Yaml *a, const Yaml *b, const char *path, Err *er
     return 0;
 }
 
-static int append_shard(DatasetWriter *w, const Dataset *d, Err *err) {
-    float *v = xmalloc((size_t)d->d_model * sizeof(float));
-    int status = 0;
-    for (int64_t i = 0; i < d->n && status == 0; i++) {
-        Row row;
-        dataset_passed(d, i);
-        dataset_vector(d, i, v);
-        status = row_open(&row, d, i, err);
-        if (status == 0) {
-            status = append(w, &row, v, row.explanation, err);
-            row_close(&row);
-        }
-    }
-    free(v);
-    return status;
-}
-
 static int merge(const Settings *s, const char *out, Yaml **sidecar, Err *err) {
     static const char *const sums[] = {"extraction.documents_too_short", "extraction.documents_repeated", "extraction.rows_not_finite"};
     DatasetWriter *w = NULL;
@@ -197,7 +206,7 @@ static int merge(const Settings *s, const char *out, Yaml **sidecar, Err *err) {
             for (int k = 0; k < 3; k++) {
                 sum[k] += number_at(d.meta.yaml, sums[k]);
             }
-            status = append_shard(w, &d, err);
+            status = copy_rows(&d, one_writer, w, NULL, err);
         }
         dataset_close(&d);
     }
@@ -272,21 +281,14 @@ static Part *part_of(Part *parts, const char *doc_id, uint64_t seed) {
     return &parts[i];
 }
 
-static int split_rows(const Dataset *d, Part *parts, uint64_t seed, Err *err) {
-    float *v = xmalloc((size_t)d->d_model * sizeof(float));
-    int status = 0;
-    for (int64_t i = 0; i < d->n && status == 0; i++) {
-        Row row;
-        dataset_passed(d, i);
-        dataset_vector(d, i, v);
-        status = row_open(&row, d, i, err);
-        if (status == 0) {
-            status = append(part_of(parts, row.doc_id, seed)->writer, &row, v, row.explanation, err);
-            row_close(&row);
-        }
-    }
-    free(v);
-    return status;
+typedef struct {
+    Part *parts;
+    uint64_t seed;
+} Splitting;
+
+static DatasetWriter *parts_writer(void *context, const Row *row) {
+    const Splitting *x = context;
+    return part_of(x->parts, row->doc_id, x->seed)->writer;
 }
 
 static int split(const Settings *s, const Dataset *d, Part *parts, const char *out, Err *err) {
@@ -297,7 +299,8 @@ static int split(const Settings *s, const Dataset *d, Part *parts, const char *o
         status = parts[i].writer ? 0 : -1;
         free(dir);
     }
-    status = status == 0 ? split_rows(d, parts, (uint64_t)s->seed, err) : -1;
+    Splitting x = {parts, (uint64_t)s->seed};
+    status = status == 0 ? copy_rows(d, parts_writer, &x, NULL, err) : -1;
     for (int i = 0; i < (int)arrlen(parts); i++) {
         if (status != 0) {
             dataset_abandon(parts[i].writer);
@@ -375,20 +378,9 @@ static int permute(const Settings *s, const Dataset *d, Err *err) {
     if (!w) {
         return -1;
     }
-    float *v = xmalloc((size_t)d->d_model * sizeof(float));
     int64_t *from = one_cycle(d->n, (uint64_t)s->seed);
-    int status = 0;
-    for (int64_t i = 0; i < d->n && status == 0; i++) {
-        Row row;
-        dataset_vector(d, from[i], v);
-        status = row_open(&row, d, i, err);
-        if (status == 0) {
-            status = append(w, &row, v, row.explanation, err);
-            row_close(&row);
-        }
-    }
+    int status = copy_rows(d, one_writer, w, from, err);
     free(from);
-    free(v);
     Yaml *sidecar = status == 0 ? child_sidecar(d, text_at(d->meta.yaml, "stage"), "nla data permute", err) : NULL;
     if (!sidecar) {
         dataset_abandon(w);
