@@ -15,7 +15,8 @@ usage: ./build.sh             build ./nla (and install the distribution's packag
        ./build.sh unit ...    the Criterion tests alone, arguments to Criterion (--filter 'suite/name')
        ./build.sh bench ...   measure against PyTorch and OpenBLAS (tests/bench.py ...); without the venv of `golden`, nla alone
        ./build.sh golden      make the expected values again from PyTorch (tests/golden*.py, in $NLA_VENV)
-       ./build.sh demo        the round trip with a trained pair
+       ./build.sh demo [TEXT] what SmolLM2-135M holds at each token of a text, read by the trained pair; writes report.html
+       ./build.sh reproduce   train that pair from nothing (data/reproduce.sh); --small: in about an hour
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
              NLA_CUDA=0|1               0: without CUDA; 1: fail when it cannot be with CUDA
@@ -467,6 +468,33 @@ golden() {
     "$venv/bin/python" tests/golden_train.py
 }
 
+# ------------------------------------------------------------------------------------------------- demo, reproduce
+
+target=SmolLM2-135M-Instruct
+
+need_for_data() { # Python with venv, for the scripts in data/
+    need python3:python3 python3-venv:ensurepip || exit 1
+}
+
+demo() {
+    local text=${1:-The old captain looked at the sky, folded the map and said that by morning} pair dir
+    for dir in data/smollm2-l20 reproduce/pair reproduce-small/pair; do
+        if [ -f "$dir/ar/nla_meta.yaml" ]; then pair=$dir; break; fi
+    done
+    [ -n "${pair:-}" ] || die "no trained pair is in this tree; ./build.sh reproduce --small trains one in about an hour"
+    build_release
+    if [ ! -f "models/$target/model.safetensors" ]; then need_for_data; fi
+    python3 data/get_model.py "$target" "models/$target"
+    ./nla explain --model "models/$target" --av "$pair/av" --ar "$pair/ar" --html report.html -- "$text"
+    say "report.html has the same to look at. Next: ./build.sh demo \"your own text\"; ./nla help explain; README.md"
+}
+
+reproduce() {
+    build_release
+    need_for_data
+    data/reproduce.sh "$@"
+}
+
 command=${1:-build}
 [ $# = 0 ] || shift
 case $command in
@@ -476,7 +504,8 @@ fuzzers) build_fuzzers ;;
 bench) bench "$@" ;;
 unit) unit "$@" ;;
 golden) golden ;;
-demo) die "the demo comes with the trained AV and AR pair, which is not in this version" ;;
+demo) demo "$@" ;;
+reproduce) reproduce "$@" ;;
 clean) rm -rf build nla ;;
 help | -h | --help) usage ;;
 *)

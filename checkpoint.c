@@ -142,6 +142,7 @@ static int write_model(const TrainRun *r, const char *dir, const char *name, con
     yaml_set(meta->yaml, "stage", stages[r->stage], false);
     yaml_set(meta->yaml, "training.step", step, false);
     yaml_set(meta->yaml, "training.data", r->s.data, true);
+    yaml_set_number(meta->yaml, "extraction.var_nrm", r->var_nrm);
     yaml_set(meta->yaml, "created_by", "nla train", false);
     status = status == 0 ? model_write(path, base, m, head, meta->yaml, err) : -1;
     free(path);

@@ -58,7 +58,8 @@ static int read_golds(Eval *e, Err *err) {
     Baseline base = {0};
     for (int i = 0; i < e->n; i++) {
         float *v = e->gold + (size_t)i * (size_t)e->D;
-        dataset_vector(&e->held, i, v);
+        int64_t at = i * e->held.n / e->n; /* spread over the set: neighbours come from one document */
+        dataset_vector(&e->held, at, v);
         e->position[i] = NAN;
         baseline_add(&base, v, e->D);
         for (int d = 0; d < e->D; d++) {
@@ -66,7 +67,7 @@ static int read_golds(Eval *e, Err *err) {
         }
         Json row;
         if (e->held.line) {
-            if (dataset_row(&e->held, i, &row, err) != 0) {
+            if (dataset_row(&e->held, at, &row, err) != 0) {
                 baseline_free(&base);
                 return -1;
             }

@@ -130,12 +130,18 @@ static int capture_rungs(Explain *x, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ scores */
 
-/* var_nrm: over a dataset when one is given, else over this text's own activations past the early ones. */
+/* var_nrm: over a dataset when one is given, else what the AR's training measured at that layer, else over this text's own activations
+ * past the early ones. */
 static int find_baseline(Explain *x, Rung *r, Err *err) {
     int D = x->target.config.hidden_size, n = (int)arrlen(x->ids), from = n > 2 * EARLY ? EARLY : 0;
     Baseline base = {0};
     free(x->baseline);
     x->baseline = NULL;
+    if (!x->s->acts && x->has_ar && r->layer == x->ar.meta.layer &&
+        yaml_double(yaml_get(x->ar.meta.yaml, "extraction.var_nrm"), &r->var_nrm) && r->var_nrm > 0) {
+        x->baseline = xstrdup("the held-out activations of the AR's training");
+        return 0;
+    }
     if (x->s->acts) {
         Dataset d;
         if (dataset_open(&d, x->s->acts, err) != 0) {

@@ -353,6 +353,12 @@ static void merge_adapters(Model *m, float ***owned) {
     lora_free(m);
 }
 
+static void narrow(float *x, size_t n) { /* in place: a bf16 takes half of what it is read from */
+    for (size_t i = 0; i < n; i++) {
+        ((uint16_t *)(void *)x)[i] = f32_to_bf16(x[i]);
+    }
+}
+
 /* Every tensor in `dtype`, in memory of its own where it was in another. */
 static void convert(Model *m, DType dtype, float ***owned) {
     Named *list = model_tensors(m);
@@ -364,8 +370,8 @@ static void convert(Model *m, DType dtype, float ***owned) {
         }
         float *wide = xmalloc(n * sizeof(float));
         (void)tensor_to_floats(wide, t);
-        for (size_t j = 0; j < n && dtype == DT_BF16; j++) { /* in place: a bf16 takes half of what it is read from */
-            ((uint16_t *)(void *)wide)[j] = f32_to_bf16(wide[j]);
+        if (dtype == DT_BF16) {
+            narrow(wide, n);
         }
         *t = (Tensor){.name = t->name, .dtype = dtype, .n_dims = t->n_dims, .shape = {t->shape[0], t->shape[1]}, .data = wide,
                       .bytes = n * dtype_size(dtype)};
@@ -374,9 +380,38 @@ static void convert(Model *m, DType dtype, float ***owned) {
     named_free(list);
 }
 
+/* The adapters as bf16, in the memory that is theirs. */
+static void narrow_adapters(Model *m) {
+    Named *list = lora_tensors(m);
+    for (int i = 0; i < (int)arrlen(list); i++) {
+        Tensor *t = list[i].tensor;
+        narrow((float *)t->data, tensor_elements(t));
+        t->dtype = DT_BF16;
+        t->bytes = tensor_elements(t) * dtype_size(DT_BF16);
+    }
+    named_free(list);
+}
+
+/* The base that the written adapters name, if it is a directory from here or from `dir`, which lies where they will. */
+static int name_base(LoraConfig *c, const char *base, const char *dir, Err *err) {
+    struct stat st;
+    char *beside = xprintf("%s/%s", dir, base);
+    bool found = stat(base, &st) == 0 || (*base != '/' && stat(beside, &st) == 0);
+    free(beside);
+    if (!c->rank) {
+        return fail(err, "--base is for adapters; these are whole weights");
+    }
+    if (!found) {
+        return fail(err, "--base %s: no such directory, from here or from where the adapters will be", base);
+    }
+    free(c->base);
+    c->base = xstrdup(base);
+    return 0;
+}
+
 int run_export(const Settings *s, Err *err) {
-    const char *dir = s->argument[0], *dtype = s->dtype ? s->dtype : "bf16";
-    bool narrow = strcmp(dtype, "bf16") == 0;
+    const char *dir = s->argument[0];
+    bool wide = s->dtype && strcmp(s->dtype, "f32") == 0, bf16 = s->dtype && strcmp(s->dtype, "bf16") == 0;
     Engine *engine = NULL;
     Sidecar meta;
     Safetensors head = {0};
@@ -385,8 +420,8 @@ int run_export(const Settings *s, Err *err) {
     if (need(s->out, "out", s, err) != 0) {
         return -1;
     }
-    if (!narrow && strcmp(dtype, "f32") != 0) {
-        return fail(err, "--dtype is bf16 or f32, not '%s'", dtype);
+    if (s->dtype && !wide && !bf16) {
+        return fail(err, "--dtype is bf16 or f32, not '%s'", s->dtype);
     }
     int status = sidecar_load(&meta, dir, err);
     if (status != 0) {
@@ -403,10 +438,15 @@ int run_export(const Settings *s, Err *err) {
         if (s->merge) {
             merge_adapters(&m, &owned);
         }
+        status = s->base ? name_base(&m.lora, s->base, stage_dir.temp, err) : 0;
         if (!m.lora.rank) {
-            convert(&m, narrow ? DT_BF16 : DT_F32, &owned);
+            convert(&m, wide ? DT_F32 : DT_BF16, &owned);
+        } else if (bf16) {
+            narrow_adapters(&m);
         }
-        status = model_write(stage_dir.temp, m.dir, &m, meta.ar ? &value : NULL, meta.yaml, err);
+        if (status == 0) {
+            status = model_write(stage_dir.temp, m.dir, &m, meta.ar ? &value : NULL, meta.yaml, err);
+        }
         status = unstage(&stage_dir, status, err);
     }
     if (opened && status == 0) {

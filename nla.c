@@ -757,7 +757,7 @@ static const Command commands[] = {
      {"html", "FILE", TEXT, AT(html), 0, 0, "write a page to look at"}, SAMPLING_OPTIONS,
      {"samples", "N", COUNT, AT(samples), 1, 64, "explanations of each activation (default: 1)"},
      {"batch", "N", COUNT, AT(batch), 1, 65536, "samples decoded together (default: 32)"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "activations for FVE's denominator (default: the text's own)"},
+     {"acts", "DIR", TEXT, AT(acts), 0, 0, "activations for FVE's denominator (default: as the AR's sidecar says, else the text's own)"},
      {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
     {"eval", "eval --av DIR --ar DIR --acts DIR [--train DIR] [--html FILE]", "FVE on held-out rows, with controls and perturbations",
      "Explains every row and rebuilds it from the words, then does the same with other texts in the explanation's place: another row's,\n"
@@ -765,7 +765,7 @@ static const Command commands[] = {
      run_eval, 0, 0, {{"av", "DIR", TEXT, AT(av), 0, 0, "the AV"}, {"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR"},
      {"acts", "DIR", TEXT, AT(acts), 0, 0, "held-out activations, with rows.jsonl for the prefixes"},
      {"train", "DIR", TEXT, AT(train), 0, 0, "training rows with explanations, for the nearest-neighbour baseline"},
-     {"rows", "N", COUNT, AT(rows), 2, 1e7, "use the first N rows"},
+     {"rows", "N", COUNT, AT(rows), 2, 1e7, "use N rows, spread over the set (default: all)"},
      {"html", "FILE", TEXT, AT(html), 0, 0, "write a page with charts"}, SAMPLING_OPTIONS,
      {"batch", "N", COUNT, AT(batch), 1, 65536, "explanations decoded together (default: 32)"},
      {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
@@ -824,12 +824,13 @@ static const Command commands[] = {
      run_train, 1, 100, {{"config", "FILE", TEXT, AT(config), 0, 0, "settings, as YAML"},
      {"resume", NULL, FLAG, AT(resume), 0, 0, "go on from the newest checkpoint (only out=DIR is needed then)"},
      {"plan", NULL, FLAG, AT(plan), 0, 0, "print the memory that these settings take, and stop"}}},
-    {"export", "export DIR --out DIR [--merge] [--dtype bf16|f32]", "a trained AV or AR as a directory that others open",
+    {"export", "export DIR --out DIR [--merge] [--dtype bf16|f32] [--base DIR]", "a trained AV or AR as a directory that others open",
      "DIR is an AV or an AR, such as RUN/checkpoint-100/av. Adapters stay adapters (PEFT's layout) unless they are merged into the\n"
      "weights; weights become a Hugging Face directory.",
      run_export, 1, 1, {{"out", "DIR", TEXT, AT(out), 0, 0, "the directory to make"},
      {"merge", NULL, FLAG, AT(merge), 0, 0, "add the adapters to the weights they are for"},
-     {"dtype", "bf16|f32", TEXT, AT(dtype), 0, 0, "of the weights (default: bf16); adapters and the value head stay f32"}}},
+     {"dtype", "bf16|f32", TEXT, AT(dtype), 0, 0, "of the weights (default: bf16) or the adapters (default: f32); the value head is f32"},
+     {"base", "DIR", TEXT, AT(base), 0, 0, "the base model that adapters name, from here or from --out (default: as they name it now)"}}},
     {"verify", "verify [--model DIR] [--fp32]", "op by op, the CUDA engine against the CPU engine",
      "Runs every op forward and back at several sizes, and a whole model's forward pass, on both engines; prints the largest difference of\n"
      "each output relative to the largest number expected, and exits with 1 when one is beyond its bound.",

@@ -1007,6 +1007,7 @@ typedef struct {
     ArPass ar_pass;
     Dataset data, held;
     int64_t *rows, *held_rows; /* stb: those that can be used */
+    int64_t *eval_row;         /* stb: of held_rows, those of an evaluation */
     int64_t *order, epoch;     /* rows as that epoch shuffles them */
     double var_nrm;            /* of the held-out vectors, or of the data without any */
     int64_t step, skipped, best_step;
@@ -1094,7 +1095,7 @@ struct Settings {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations;
+        *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations;
     int positions_per_doc, min_context;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;

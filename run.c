@@ -64,7 +64,7 @@ static const Key keys[] = {
     {"freeze_ar", KEY_FLAG, KEY(freeze_ar), "l", "leave the AR as it is (a control: FVE then stays flat)"},
     {"permute", KEY_FLAG, KEY(permute), "vrl", "train on vectors of other rows (the control that can only learn style)"},
     {"eval_every", KEY_COUNT, KEY(eval_every), "vrl", "steps between evaluations (default steps / 10)"},
-    {"eval_rows", KEY_COUNT, KEY(eval_rows), "vrl", "held-out rows of one (default 64)"},
+    {"eval_rows", KEY_COUNT, KEY(eval_rows), "vrl", "held-out rows of one, spread over the set (default 64)"},
     {"save_every", KEY_COUNT, KEY(save_every), "vrl", "steps between checkpoints (default steps / 10)"},
     {"keep", KEY_COUNT, KEY(keep), "vrl", "latest checkpoints kept, beside the best (default 2)"},
     {"seed", KEY_COUNT, KEY(seed), "vrl", "of everything random (default 0)"},
@@ -359,6 +359,10 @@ static int open_data(TrainRun *r, Err *err) {
                     choose_rows(&r->held, r->stage == STAGE_AR, &r->held_rows, err) != 0)) {
         return -1;
     }
+    int64_t n = arrlen(r->held_rows), chosen = n < s->eval_rows ? n : s->eval_rows;
+    for (int64_t i = 0; i < chosen; i++) { /* neighbours come from one document */
+        arrput(r->eval_row, r->held_rows[i * n / chosen]);
+    }
     if (r->has_av && r->has_ar && r->av.meta.d_model != r->ar.meta.d_model) {
         return fail(err, "%s has d_model %d, %s has %d", r->av.meta.path, r->av.meta.d_model, r->ar.meta.path, r->ar.meta.d_model);
     }
@@ -391,6 +395,7 @@ static void close_run(TrainRun *r) {
     }
     arrfree(r->rows);
     arrfree(r->held_rows);
+    arrfree(r->eval_row);
     free(r->order);
     run_settings_free(&r->s);
     if (r->engine) {
@@ -911,7 +916,7 @@ static int evaluate_loss(TrainRun *r, FILE *out, int n, double *score, Err *err)
     double loss, other;
     int64_t tokens;
     int status = 0;
-    if (rows_read(&x, &r->held, r->held_rows, n, true, &none) == 0) {
+    if (rows_read(&x, &r->held, r->eval_row, n, true, &none) == 0) {
         status = responses_loss(r, &x, NULL, &loss, &tokens, err);
         float *own = x.vector;
         x.vector = rotated(&x);
@@ -948,12 +953,12 @@ static int evaluate_texts(TrainRun *r, FILE *out, const Rows *x, char *const *te
 
 /* One line of the metrics: how the models do on held-out rows as they are now. */
 static int evaluate(TrainRun *r, double *score, Err *err) {
-    int n = (int)(arrlen(r->held_rows) < r->s.eval_rows ? arrlen(r->held_rows) : r->s.eval_rows);
+    int n = (int)arrlen(r->eval_row);
     Rows x;
     char *line = NULL, **text = xcalloc((size_t)n, sizeof(char *));
     size_t line_len = 0, *len = xcalloc((size_t)n, sizeof(size_t));
     FILE *out = open_memstream(&line, &line_len);
-    int status = rows_read(&x, &r->held, r->held_rows, n, r->stage == STAGE_AR, err);
+    int status = rows_read(&x, &r->held, r->eval_row, n, r->stage == STAGE_AR, err);
     fprintf(out, "{\"step\": %lld, \"eval\": {\"rows\": %d", (long long)r->step, n);
     *score = NAN;
     if (status == 0 && r->stage == STAGE_AV && r->held.line) {

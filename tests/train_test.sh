@@ -132,6 +132,14 @@ says 0 "tokens drawn" "$NLA" verbalize --av "$work/adapters/checkpoint-40/av" --
 says 0 "" "$NLA" export "$work/adapters/checkpoint-40/av" --merge --dtype f32 --out "$work/merged"
 says 0 "tokens drawn" "$NLA" verbalize --av "$work/merged" --acts "$work/acts" --max-tokens 8 --out "$work/merged.jsonl"
 if cmp -s <(cut -d, -f1-6 "$work/read.jsonl") <(cut -d, -f1-6 "$work/merged.jsonl"); then ok; else bad "merged adapters read otherwise"; fi
+ln -s "$PWD/$pair" "$work/pair"
+says 0 "" "$NLA" export "$work/adapters/checkpoint-40/av" --dtype bf16 --base "../pair/av" --out "$work/narrow"
+says 0 "tokens drawn" "$NLA" verbalize --av "$work/narrow" --acts "$work/acts" --max-tokens 8 --out "$work/narrow.jsonl"
+grep -q '"\.\./pair/av"' "$work/narrow/adapter_config.json" && ok || bad "the adapters' base"
+if [ $(($(stat -c %s "$work/narrow/adapter_model.safetensors") * 10)) -lt $(($(stat -c %s "$work/adapters/checkpoint-40/av/adapter_model.safetensors") * 6)) ]; then ok; else bad "bf16 adapters are not half as large"; fi
+says 1 "no such directory" "$NLA" export "$work/adapters/checkpoint-40/av" --base nowhere --out "$work/nowhere"
+says 1 "whole weights" "$NLA" export "$work/adapters/checkpoint-40/av" --merge --base "../pair/av" --out "$work/nowhere"
+if [ ! -e "$work/nowhere" ]; then ok; else bad "a failed export left something"; fi
 says 0 "" "$NLA" export "$work/ar-one/checkpoint-40/ar" --out "$work/ar-out"
 says 0 "" "$NLA" reconstruct --ar "$work/ar-out" --in "$work/acts/rows.jsonl" --out "$work/vectors.safetensors"
 
