@@ -806,6 +806,7 @@ static const Command commands[] = {
      {"out", "FILE", TEXT, AT(out), 0, 0, "the file to make: JSONL with row_id, prefix, explanation, by"},
      {"in", "FILE", TEXT, AT(in), 0, 0, "explanations, for --by file; several separated by commas, of which the first counts"}, MODEL_OPTION,
      {"rows", "N", COUNT, AT(rows), 1, 1e9, "only the first N rows"},
+     {"words", "N", COUNT, AT(words), 1, 1000, "of an explanation by rules, at most, where what matters most fits (default: 106)"},
      {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with FILE.part, of a run that was killed"}, SAMPLING_OPTIONS,
      {"batch", "N", COUNT, AT(batch), 1, 65536, "rows that a model explains together (default: 32)"}}},
     {"data build", "data build --acts DIR --stage av_sft|ar_sft|rl [--explanations FILE] --out DIR", "training rows: a dataset with explanations and a complete sidecar",
@@ -953,7 +954,8 @@ static const Command *command_of(Settings *s, int argc, char **argv, int *words,
 int nla_main(int argc, char **argv) {
     Err err = {0};
     Settings s = {.positions = "all", .positions_per_doc = 10, .min_context = 50, .parts = "av_sft:25,ar_sft:25,rl:50,held:4", .samples = 1,
-                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15};
+                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15,
+                  .words = RULES_WORDS};
     int words = 1, status = 2;
     const Command *c = command_of(&s, argc, argv, &words, &err);
     for (int i = 1 + words; c && i < argc; i++) { /* nla COMMAND --help */

@@ -630,10 +630,12 @@ void corpus_close(Corpus *corpus);
 
 /* What a reader would say a model has in mind at the end of `text`, from the words alone: subject, register and topic; the
  * construction still open, the last words quoted; the last token, its role and what may follow. Three paragraphs of plain
- * prose with a blank line between, 60 to 110 words for most texts, at most 3,000 bytes of the end read; to be freed. NULL when there
- * are fewer than five words: too little to say. `key` varies the wording; the same text and key give the same bytes. Any
- * bytes may come in; UTF-8 goes out, without the tags of an explanation. Safe to call from several threads. */
-char *rules_explanation(const char *text, size_t len, uint64_t key);
+ * prose with a blank line between, of at most `words` words if what matters most fits into them (RULES_WORDS: 60 to 106 for most
+ * texts), at most 3,000 bytes of the end read; to be freed. NULL when there are fewer than five words: too little to say. `key` varies
+ * the wording; the same text, words and key give the same bytes. Any bytes may come in; UTF-8 goes out, without the tags of an
+ * explanation. Safe to call from several threads. */
+enum { RULES_WORDS = 106 };
+char *rules_explanation(const char *text, size_t len, int words, uint64_t key);
 
 /* Writer of a dataset directory (README, "Files"): rows are appended, the directory appears under its name when
  * dataset_finish succeeds. */
@@ -1096,7 +1098,7 @@ struct Settings {
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
         *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations;
-    int positions_per_doc, min_context;
+    int positions_per_doc, min_context, words;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale, save_every;

@@ -19,7 +19,6 @@
 
 enum {
     MIN_WORDS = 5,     /* fewer say too little */
-    MAX_WORDS = 106,   /* of an explanation */
     QUOTE_WORDS = 14,  /* of the last words */
     BEFORE_WORDS = 12, /* of what came before them */
     QUOTE_BYTES = 120, /* of any quote, and so of one long word */
@@ -1295,15 +1294,15 @@ static int count_words(const char *text) {
     return n;
 }
 
-/* Leaves out the sentences of the highest rank, the later ones first, until the rest is short enough. */
-static void shorten(Writer *w) {
+/* Leaves out the sentences of the highest rank, the later ones first, until the rest is at most `most` words long. */
+static void shorten(Writer *w, int most) {
     for (;;) {
         int words = 0, worst = 0;
         for (int i = 0; i < w->n; i++) {
             words += count_words(w->sentence[i].text);
             if (w->sentence[i].rank >= w->sentence[worst].rank) worst = i;
         }
-        if (words <= MAX_WORDS || w->sentence[worst].rank == 0) return;
+        if (words <= most || w->sentence[worst].rank == 0) return;
         memmove(&w->sentence[worst], &w->sentence[worst + 1], (size_t)(w->n - worst - 1) * sizeof *w->sentence);
         w->n--;
     }
@@ -1319,7 +1318,7 @@ static char *join(const Writer *w) {
     return out;
 }
 
-char *rules_explanation(const char *text, size_t len, uint64_t key) {
+char *rules_explanation(const char *text, size_t len, int words, uint64_t key) {
     Text t;
     char *out = NULL;
     text_read(&t, text, len);
@@ -1331,7 +1330,7 @@ char *rules_explanation(const char *text, size_t len, uint64_t key) {
         write_open(w, &t);
         write_last(w, &t);
         write_history(w, &t);
-        shorten(w);
+        shorten(w, words);
         out = join(w);
         free(w);
     }

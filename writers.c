@@ -342,7 +342,7 @@ static int write_by_rules(Writing *w, Err *err) {
         dataset_passed(&w->d, w->done);
         status = row_open(&row, &w->d, w->done, err);
         if (status == 0) {
-            char *text = rules_explanation(row.text, row.text_len, random_key((uint64_t)w->s->seed, row.id, 0, 0));
+            char *text = rules_explanation(row.text, row.text_len, w->s->words, random_key((uint64_t)w->s->seed, row.id, 0, 0));
             status = write_line(w, &row, text, "rules", "too few words", err);
             free(text);
             row_close(&row);

@@ -11,7 +11,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint64_t key = size ? data[size - 1] : 0;
-    char *one = rules_explanation((const char *)data, size, key), *two = rules_explanation((const char *)data, size, key);
+    char *one = rules_explanation((const char *)data, size, RULES_WORDS, key), *two = rules_explanation((const char *)data, size, RULES_WORDS, key);
     if (!one != !two || (one && strcmp(one, two))) abort();
     if (!one) return 0;
     if (strstr(one, "<explanation>") || strstr(one, "</explanation>") || !strstr(one, "\n\n")) abort();

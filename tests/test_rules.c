@@ -66,7 +66,7 @@ static const char *const varied[] = {anarchism,  kernel,  python,  c_code, manua
 enum { VARIED = sizeof varied / sizeof *varied };
 
 static char *explain(const char *text, uint64_t key) {
-    return rules_explanation(text, strlen(text), key);
+    return rules_explanation(text, strlen(text), RULES_WORDS, key);
 }
 
 static int count_words(const char *text) {
@@ -170,7 +170,7 @@ Test(rules, every_text_gets_two_features_or_three_in_plain_paragraphs, .timeout 
 Test(rules, every_quotation_stands_in_the_text, .timeout = 120) {
     for (int i = 0; i < VARIED; i++) {
         for (size_t len = 0; len <= strlen(varied[i]); len++) {
-            char *out = rules_explanation(varied[i], len, len);
+            char *out = rules_explanation(varied[i], len, RULES_WORDS, len);
             if (!out) continue;
             check_form(out);
             check_quotes(out, varied[i], len);
@@ -183,7 +183,7 @@ Test(rules, most_explanations_have_sixty_words_or_more) {
     int n = 0, short_ones = 0;
     for (int i = 0; i < VARIED; i++) {
         for (size_t len = strlen(varied[i]); len > 250; len -= 3, n++) {
-            char *out = rules_explanation(varied[i], len, len);
+            char *out = rules_explanation(varied[i], len, RULES_WORDS, len);
             short_ones += count_words(out) < 60;
             free(out);
         }
@@ -209,7 +209,7 @@ Test(rules, the_same_text_and_key_give_the_same_bytes_and_another_key_other_word
 Test(rules, fewer_than_five_words_say_too_little) {
     static const char *const texts[] = {"", " ", "\n\n \t\n", "one two three four", "()[]{};;;", "12 34 56 78 90 12"};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) cr_expect_null(explain(texts[i], 1), "%s", texts[i]);
-    cr_expect_null(rules_explanation("\0\0\0\0\0\0\0\0", 8, 1));
+    cr_expect_null(rules_explanation("\0\0\0\0\0\0\0\0", 8, RULES_WORDS, 1));
     char *out = explain("one two three four five", 1);
     check_form(out);
     free(out);
@@ -253,7 +253,7 @@ Test(rules, any_bytes_give_utf_8_whose_quotations_stand_in_them, .timeout = 240)
             uint64_t r = next(&state);
             text[i] = !noisy ? base[i % strlen(base)] : r & 1 ? hard[(r >> 8) % (sizeof hard - 1)] : (char)(r >> 16);
         }
-        char *out = rules_explanation(text, len, next(&state));
+        char *out = rules_explanation(text, len, RULES_WORDS, next(&state));
         if (!out) continue;
         check_form(out);
         check_quotes(out, text, len);
@@ -266,20 +266,44 @@ Test(rules, a_text_longer_than_the_window_is_read_from_its_end) {
     char *text = malloc(len);
     for (size_t i = 0; i < len; i++) text[i] = anarchism[i % (sizeof anarchism - 1)];
     memset(text + 1000, 'x', 5000);
-    char *out = rules_explanation(text, len, 3), *tail = rules_explanation(text + len - 3500, 3500, 3);
+    char *out = rules_explanation(text, len, RULES_WORDS, 3), *tail = rules_explanation(text + len - 3500, 3500, RULES_WORDS, 3);
     check_form(out);
     cr_expect_str_eq(out, tail);
     free(out);
     free(tail);
     memset(text, 'w', len); /* one long word, after a few others */
     memcpy(text, "one two three four five six ", 28);
-    cr_expect_null(rules_explanation(text, len, 3));
-    out = rules_explanation(text, 2000, 3);
+    cr_expect_null(rules_explanation(text, len, RULES_WORDS, 3));
+    out = rules_explanation(text, 2000, RULES_WORDS, 3);
     check_form(out);
     check_quotes(out, text, 2000);
     cr_expect(strlen(out) < 1500, "%s", out);
     free(out);
     free(text);
+}
+
+/* Fewer words asked for: some of the same sentences, the last words' quotation among them. */
+Test(rules, fewer_words) {
+    int shorter = 0;
+    for (int i = 0; i < VARIED; i++) {
+        size_t len = strlen(varied[i]);
+        char *all = rules_explanation(varied[i], len, RULES_WORDS, 5), *few = rules_explanation(varied[i], len, 60, 5);
+        cr_expect(strstr(few, "\n\n") && count_words(few) <= count_words(all), "%s", few);
+        cr_expect(count_words(few) <= 75, "%s", few);
+        for (char *from = few, *to; *from; from = to) {
+            to = from + strcspn(from, "\n");
+            char *last = to;
+            while (last > from && last[-1] != ' ') last--; /* the paragraph's last word stands in the longer one too */
+            char *word = strndup(last, (size_t)(to - last));
+            cr_expect(strstr(all, word), "'%s' is not in %s", word, all);
+            free(word);
+            to += strspn(to, "\n");
+        }
+        shorter += count_words(few) < count_words(all);
+        free(all);
+        free(few);
+    }
+    cr_expect(shorter > VARIED / 2, "%d of %d are shorter", shorter, VARIED);
 }
 
 static int by_text(const void *a, const void *b) {
@@ -292,7 +316,7 @@ Test(rules, sentences_vary) {
     for (int i = 0; i < 220; i++) {
         const char *text = varied[i % VARIED];
         size_t full = strlen(text), len = full - (size_t)(i / VARIED) * 3 % (full / 2);
-        char *out = rules_explanation(text, len, (uint64_t)i);
+        char *out = rules_explanation(text, len, RULES_WORDS, (uint64_t)i);
         if (!out) continue;
         for (char *from = out, *to; *from; from = to) {
             to = strstr(from, ". ");
