@@ -46,6 +46,7 @@ typedef struct {
     int M, N, K;
     float alpha;
     bool add;
+    bool bf16; /* round A and B to bf16 */
 } Gemm;
 
 /* A sliver of whole rows: the loop over them is unrolled, which the compiler cannot do for a count it does not know. */
@@ -56,6 +57,77 @@ INLINE void pack_sliver(float *out, const float *a, size_t am, size_t ak, int de
         }
     }
 }
+
+#ifdef __AVX512BF16__
+INLINE Vec dot_pairs(Vec sum, const float *pair, Vec row) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(*(const int *)(const void *)pair), (__m512bh)row);
+}
+
+/* Two rows of n numbers, rounded to bf16 and woven: out[i] = {zero[i], one[i]}; a row that is NULL is zero. */
+static void weave(float *out, const float *zero, const float *one, int n) {
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
+        __m512i low = _mm512_setzero_si512(), high = low;
+        if (zero) {
+            low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, zero + i)));
+        }
+        if (one) {
+            high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, one + i))), 16);
+        }
+        _mm512_mask_storeu_epi32(out + i, mask, _mm512_or_si512(low, high));
+    }
+}
+
+/* pack_a in pairs: depth / 2 of them, the last one's second number zero when depth is odd. */
+static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, int depth) {
+    float column[2][PRODUCT_ROWS];
+    for (int m = 0; m < rows; m += PRODUCT_ROWS) {
+        int n = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
+        const float *a = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
+        for (int k = 0; k < depth; k += 2, out += PRODUCT_ROWS) {
+            for (int i = 0; i < PRODUCT_ROWS; i++) {
+                column[0][i] = i < n ? g->alpha * a[(size_t)i * g->am + (size_t)k * g->ak] : 0;
+                column[1][i] = i < n && k + 1 < depth ? g->alpha * a[(size_t)i * g->am + (size_t)(k + 1) * g->ak] : 0;
+            }
+            weave(out, column[0], column[1], PRODUCT_ROWS);
+        }
+    }
+}
+
+/* pack_b in pairs. */
+static void pack_b_pairs(float *out, const Gemm *g, int n0, int columns, int k0, int depth) {
+    const float *floats = g->bt && g->bt->dtype == DT_F32 ? g->bt->data : g->b;
+    float wide[2][PRODUCT_COLUMNS];
+    for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
+        int width = columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS;
+        for (int k = 0; k < depth; k += 2, out += PRODUCT_COLUMNS) {
+            const float *row[2] = {NULL, NULL};
+            for (int h = 0; h < 2 && k + h < depth; h++) {
+                size_t from = (size_t)(k0 + k + h) * g->ldb, column = (size_t)(n0 + n);
+                row[h] = wide[h];
+                if (!floats) {
+                    widen(wide[h], g->bt, from + column, (size_t)width);
+                } else if (g->bn > 1) {
+                    for (int i = 0; i < width; i++) {
+                        wide[h][i] = floats[from + (column + (size_t)i) * g->bn];
+                    }
+                } else {
+                    row[h] = floats + from + column;
+                }
+            }
+            weave(out, row[0], row[1], width);
+            if (width < PRODUCT_COLUMNS) {
+                memset(out + width, 0, (size_t)(PRODUCT_COLUMNS - width) * sizeof(float));
+            }
+        }
+    }
+}
+#else
+INLINE Vec dot_pairs(Vec sum, const float *pair, Vec row) { /* never called: the engine has bf16_dot off */
+    (void)pair, (void)row;
+    return sum;
+}
+#endif
 
 static void pack_a(float *out, const Gemm *g, int m0, int rows, int k0, int depth) {
     for (int m = 0; m < rows; m += PRODUCT_ROWS, out += (size_t)PRODUCT_ROWS * (size_t)depth) {
@@ -99,40 +171,62 @@ static void pack_b(float *out, const Gemm *g, int n0, int columns, int k0, int d
     }
 }
 
-/* PRODUCT_ROWS x PRODUCT_COLUMNS of C, added to. */
-static void product_tile(const float *a, const float *b, int depth, float *c, size_t ldc) {
+/* PRODUCT_ROWS x nv registers of C, added to. bf16: an element of a sliver or a panel is a pair of neighbours in the sum. */
+INLINE void product_tile(int nv, bool bf16, const float *a, const float *b, int depth, float *c, size_t ldc) {
     Vec sum[PRODUCT_ROWS][PRODUCT_VECTORS];
     for (int i = 0; i < PRODUCT_ROWS; i++) {
-        for (int j = 0; j < PRODUCT_VECTORS; j++) {
+        for (int j = 0; j < nv; j++) {
             sum[i][j] = (Vec){0};
         }
     }
     for (int k = 0; k < depth; k++, a += PRODUCT_ROWS, b += PRODUCT_COLUMNS) {
         Vec row[PRODUCT_VECTORS];
-        for (int j = 0; j < PRODUCT_VECTORS; j++) {
+        for (int j = 0; j < nv; j++) {
             row[j] = load(b + j * LANES);
         }
         for (int i = 0; i < PRODUCT_ROWS; i++) {
-            for (int j = 0; j < PRODUCT_VECTORS; j++) {
-                sum[i][j] += a[i] * row[j];
+            for (int j = 0; j < nv; j++) {
+                sum[i][j] = bf16 ? dot_pairs(sum[i][j], a + i, row[j]) : sum[i][j] + a[i] * row[j];
             }
         }
     }
     for (int i = 0; i < PRODUCT_ROWS; i++) {
-        for (int j = 0; j < PRODUCT_VECTORS; j++) {
+        for (int j = 0; j < nv; j++) {
             float *to = c + (size_t)i * ldc + j * LANES;
             store(to, load(to) + sum[i][j]); /* at the end: a sum of short sums rounds less than a long one */
         }
     }
 }
 
+/* A tile of `columns` columns; an adapter's rank is often one register. */
+static void product_columns(int columns, bool bf16, const float *a, const float *b, int depth, float *c, size_t ldc) {
+#define TILE(n)                                                                                                        \
+    case n:                                                                                                            \
+        if (bf16) {                                                                                                    \
+            product_tile(n, true, a, b, depth, c, ldc);                                                                \
+        } else {                                                                                                       \
+            product_tile(n, false, a, b, depth, c, ldc);                                                               \
+        }                                                                                                              \
+        break;
+    switch ((columns + LANES - 1) / LANES) {
+        TILE(1)
+        TILE(2)
+#ifdef __AVX512F__
+        TILE(3)
+        TILE(4)
+#endif
+    default: break;
+    }
+#undef TILE
+}
+
 /* A tile at the border of C goes through a whole one. */
-static void border_tile(const float *a, const float *b, int depth, float *c, size_t ldc, int rows, int columns) {
+static void border_tile(bool bf16, const float *a, const float *b, int depth, float *c, size_t ldc, int rows, int columns) {
     float whole[PRODUCT_ROWS * PRODUCT_COLUMNS] = {0};
     for (int i = 0; i < rows; i++) {
         memcpy(whole + i * PRODUCT_COLUMNS, c + (size_t)i * ldc, (size_t)columns * sizeof(float));
     }
-    product_tile(a, b, depth, whole, PRODUCT_COLUMNS);
+    product_columns(columns, bf16, a, b, depth, whole, PRODUCT_COLUMNS);
     for (int i = 0; i < rows; i++) {
         memcpy(c + (size_t)i * ldc, whole + i * PRODUCT_COLUMNS, (size_t)columns * sizeof(float));
     }
@@ -146,18 +240,28 @@ static void gemm_block(const Gemm *g, Scratch *s, int m0, int rows, int n0, int 
     }
     for (int k0 = 0; k0 < g->K; k0 += SUM_BLOCK) {
         int depth = g->K - k0 < SUM_BLOCK ? g->K - k0 : SUM_BLOCK;
-        pack_a(a, g, m0, rows, k0, depth);
-        pack_b(b, g, n0, columns, k0, depth);
+        bool bf16 = g->bf16;
+#ifdef __AVX512BF16__
+        if (bf16) {
+            pack_a_pairs(a, g, m0, rows, k0, depth);
+            pack_b_pairs(b, g, n0, columns, k0, depth);
+            depth = (depth + 1) / 2;
+        }
+#endif
+        if (!bf16) {
+            pack_a(a, g, m0, rows, k0, depth);
+            pack_b(b, g, n0, columns, k0, depth);
+        }
         for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
             int width = columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS;
             for (int m = 0; m < rows; m += PRODUCT_ROWS) {
                 int height = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
                 const float *sliver = a + (size_t)m * (size_t)depth, *panel = b + (size_t)n * (size_t)depth;
                 float *c = g->c + (size_t)(m0 + m) * g->ldc + n0 + n;
-                if (height == PRODUCT_ROWS && width == PRODUCT_COLUMNS) {
-                    product_tile(sliver, panel, depth, c, g->ldc);
+                if (height == PRODUCT_ROWS && width % LANES == 0) {
+                    product_columns(width, bf16, sliver, panel, depth, c, g->ldc);
                 } else {
-                    border_tile(sliver, panel, depth, c, g->ldc, height, width);
+                    border_tile(bf16, sliver, panel, depth, c, g->ldc, height, width);
                 }
             }
         }
@@ -203,7 +307,8 @@ static void cpu_linear_backward(Engine *e, Act *dx, const Act *dy, const Linear 
     for (int m = 0; m < w->n; m++) {
         int O = (int)w->w[m].shape[0];
         gemm(e, &(Gemm){.a = (const float *)dy + column, .am = (size_t)w->out, .ak = 1, .bt = &w->w[m], .ldb = (size_t)w->in, .c = dx,
-                        .ldc = (size_t)w->in, .M = N, .N = w->in, .K = O, .alpha = 1, .add = add || m > 0});
+                        .ldc = (size_t)w->in, .M = N, .N = w->in, .K = O, .alpha = 1, .add = add || m > 0,
+                        .bf16 = e->bf16_dot});
         column += (size_t)O;
     }
 }
@@ -215,7 +320,7 @@ static void cpu_linear_weight_backward(Engine *e, const Linear *dw, const Act *d
         const float *slice = (const float *)dy + column;
         if (dw->w[m].data) {
             gemm(e, &(Gemm){.a = slice, .am = 1, .ak = (size_t)dw->out, .b = x, .ldb = (size_t)dw->in, .c = (float *)dw->w[m].data,
-                            .ldc = (size_t)dw->in, .M = O, .N = dw->in, .K = N, .alpha = 1, .add = true});
+                            .ldc = (size_t)dw->in, .M = O, .N = dw->in, .K = N, .alpha = 1, .add = true, .bf16 = e->bf16_dot});
         }
         if (dw->b[m].data) {
             bias_backward(e, (float *)dw->b[m].data, slice, (size_t)dw->out, N, O);

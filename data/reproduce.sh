@@ -31,9 +31,9 @@ recipe=data/smollm2-l20
 
 # What --small takes less of.
 if [ $small = 1 ]; then
-    documents=1200 steps_ar=240 steps_av=160 steps_rl=12 eval_rows=100
+    documents=1200 steps_ar=240 steps_av=160 steps_rl=12 eval_rows=80
 else
-    documents=30000 steps_ar="" steps_av="" steps_rl="" eval_rows=400
+    documents=30000 steps_ar="" steps_av="" steps_rl="" eval_rows=300
 fi
 
 say() { printf 'reproduce.sh: %s\n' "$*"; }
@@ -68,7 +68,7 @@ extract() {
 }
 explain() { # explain PART STAGE: by a language model where there is one's text, by rules elsewhere
     local part=$dir/parts/$1 list=$dir/$1.rules.jsonl
-    "$NLA" data explain --acts "$part" --by rules --out "$dir/$1.rules.jsonl"
+    "$NLA" data explain --acts "$part" --by rules --words 70 --out "$dir/$1.rules.jsonl"
     if [ -n "$written" ]; then
         "$NLA" data explain --acts "$part" --by file --in $written --out "$dir/$1.written.jsonl"
         list=$dir/$1.written.jsonl,$list

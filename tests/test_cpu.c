@@ -236,6 +236,63 @@ Test(cpu, bf16_dot_equals_products_of_rounded_inputs) {
     e->close(e);
 }
 
+static double rounded(const float *x, int at) {
+    return (double)bf16_to_f32(f32_to_bf16(x[at]));
+}
+
+/* So do the products of its gradients: sums over W's rows (dx) and over the batch (dw), of odd lengths. */
+Test(cpu, bf16_gradients_equal_products_of_rounded_inputs) {
+    unsetenv("NLA_CPU");
+    Err err = {0};
+    Engine *e = engine_open(2, true, &err);
+    if (!e) {
+        cr_skip_test("%s", err.msg);
+    }
+    const int sizes[][3] = {{13, 70, 301}, {300, 16, 7}, {1, 600, 33}}; /* N, I, O */
+    for (int k = 0; k < 6; k++) {
+        int N = sizes[k / 2][0], I = sizes[k / 2][1], O = sizes[k / 2][2];
+        float *w, *x = random_floats((size_t)(N * I)), *dy = random_floats((size_t)(N * O)), *dx = random_floats((size_t)(N * I)),
+                  *dw = random_floats((size_t)(O * I)), *old = malloc((size_t)(O * I) * sizeof(float));
+        Linear linear = {.n = 1, .in = I, .out = O}, gradient = linear;
+        linear.w[0] = random_tensor(k % 2 ? DT_BF16 : DT_F32, O, I, &w);
+        gradient.w[0] = (Tensor){.dtype = DT_F32, .n_dims = 2, .shape = {O, I}, .data = dw};
+        memcpy(old, dw, (size_t)(O * I) * sizeof(float));
+        poison(e);
+        e->linear_backward(e, dx, dy, &linear, N, false);
+        e->linear_weight_backward(e, &gradient, dy, x, N);
+        for (int n = 0; n < N; n++) {
+            for (int i = 0; i < I; i++) {
+                double sum = 0, size = 0;
+                for (int o = 0; o < O; o++) {
+                    double term = rounded(dy, n * O + o) * rounded(w, o * I + i);
+                    sum += term;
+                    size += fabs(term);
+                }
+                near((double)dx[n * I + i], sum, size, 1e-6, "bf16 dx");
+            }
+        }
+        for (int o = 0; o < O; o++) {
+            for (int i = 0; i < I; i++) {
+                double sum = (double)old[o * I + i], size = fabs(sum);
+                for (int n = 0; n < N; n++) {
+                    double term = rounded(dy, n * O + o) * rounded(x, n * I + i);
+                    sum += term;
+                    size += fabs(term);
+                }
+                near((double)dw[o * I + i], sum, size, 1e-6, "bf16 dw");
+            }
+        }
+        free((void *)linear.w[0].data);
+        free(w);
+        free(x);
+        free(dy);
+        free(dx);
+        free(dw);
+        free(old);
+    }
+    e->close(e);
+}
+
 Test(cpu, rmsnorm_equals_its_formula) {
     for (int i = 0; i < 4; i++) {
         Engine *e = build_engine(i, 2);
