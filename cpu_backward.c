@@ -46,7 +46,7 @@ typedef struct {
     int M, N, K;
     float alpha;
     bool add;
-    bool bf16; /* round A and B to bf16 */
+    bool bf16; /* round A and B to bf16; then alpha is 1 and bn is not used */
 } Gemm;
 
 /* A sliver of whole rows: the loop over them is unrolled, which the compiler cannot do for a count it does not know. */
@@ -63,61 +63,71 @@ INLINE Vec dot_pairs(Vec sum, const float *pair, Vec row) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(*(const int *)(const void *)pair), (__m512bh)row);
 }
 
-/* Two rows of n numbers, rounded to bf16 and woven: out[i] = {zero[i], one[i]}; a row that is NULL is zero. */
-static void weave(float *out, const float *zero, const float *one, int n) {
-    for (int i = 0; i < n; i += 16) {
-        __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
-        __m512i low = _mm512_setzero_si512(), high = low;
-        if (zero) {
-            low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, zero + i)));
-        }
-        if (one) {
-            high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, one + i))), 16);
-        }
-        _mm512_mask_storeu_epi32(out + i, mask, _mm512_or_si512(low, high));
-    }
+/* 16 numbers of a row as bf16, those past n zero, each in 32 bits. */
+INLINE __m512i bf16_of(const float *x, int n) {
+    __mmask16 mask = (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1);
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x)));
 }
 
-/* pack_a in pairs: depth / 2 of them, the last one's second number zero when depth is odd. */
+INLINE __m512i stored_bf16(const uint16_t *x, int n) {
+    __mmask16 mask = (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+}
+
+/* Pairs of two rows' numbers. */
+INLINE void weave(float *out, __m512i first, __m512i second) {
+    _mm512_storeu_si512(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+
+/* pack_a in pairs of neighbours along k, the last one's second number zero when depth is odd. alpha is 1. */
 static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, int depth) {
-    float column[2][PRODUCT_ROWS];
-    for (int m = 0; m < rows; m += PRODUCT_ROWS) {
+    float pair[PRODUCT_ROWS][SUM_BLOCK / 2] = {0}, column[2][16] = {0};
+    int pairs = (depth + 1) / 2;
+    for (int m = 0; m < rows; m += PRODUCT_ROWS, out += PRODUCT_ROWS * pairs) {
         int n = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
         const float *a = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
-        for (int k = 0; k < depth; k += 2, out += PRODUCT_ROWS) {
-            for (int i = 0; i < PRODUCT_ROWS; i++) {
-                column[0][i] = i < n ? g->alpha * a[(size_t)i * g->am + (size_t)k * g->ak] : 0;
-                column[1][i] = i < n && k + 1 < depth ? g->alpha * a[(size_t)i * g->am + (size_t)(k + 1) * g->ak] : 0;
+        for (int i = 0; i < n && g->ak == 1; i++) { /* a row of A is contiguous: round it, then deal out its pairs */
+            for (int k = 0; k < depth; k += 16) {
+                __mmask16 mask = (__mmask16)(depth - k >= 16 ? 0xffffu : (1u << (depth - k)) - 1);
+                __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, a + (size_t)i * g->am + k));
+                _mm256_storeu_si256((__m256i *)(void *)(pair[i] + k / 2), (__m256i)half);
             }
-            weave(out, column[0], column[1], PRODUCT_ROWS);
+        }
+        for (int p = 0; p < pairs; p++) {
+            float woven[16];
+            for (int i = 0; i < n && g->ak != 1; i++) {
+                column[0][i] = a[(size_t)i * g->am + (size_t)(2 * p) * g->ak];
+                column[1][i] = 2 * p + 1 < depth ? a[(size_t)i * g->am + (size_t)(2 * p + 1) * g->ak] : 0;
+            }
+            if (g->ak != 1) {
+                weave(woven, bf16_of(column[0], n), bf16_of(column[1], n));
+            }
+            for (int i = 0; i < PRODUCT_ROWS; i++) {
+                out[p * PRODUCT_ROWS + i] = i >= n ? 0 : g->ak == 1 ? pair[i][p] : woven[i];
+            }
         }
     }
 }
 
-/* pack_b in pairs. */
+/* pack_b in pairs of neighbours along k; past the last column there are zeros. */
 static void pack_b_pairs(float *out, const Gemm *g, int n0, int columns, int k0, int depth) {
     const float *floats = g->bt && g->bt->dtype == DT_F32 ? g->bt->data : g->b;
-    float wide[2][PRODUCT_COLUMNS];
+    const uint16_t *stored = g->bt && g->bt->dtype == DT_BF16 ? g->bt->data : NULL;
     for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
-        int width = columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS;
-        for (int k = 0; k < depth; k += 2, out += PRODUCT_COLUMNS) {
-            const float *row[2] = {NULL, NULL};
-            for (int h = 0; h < 2 && k + h < depth; h++) {
-                size_t from = (size_t)(k0 + k + h) * g->ldb, column = (size_t)(n0 + n);
-                row[h] = wide[h];
-                if (!floats) {
-                    widen(wide[h], g->bt, from + column, (size_t)width);
-                } else if (g->bn > 1) {
-                    for (int i = 0; i < width; i++) {
-                        wide[h][i] = floats[from + (column + (size_t)i) * g->bn];
-                    }
-                } else {
-                    row[h] = floats + from + column;
+        for (int k = 0; k < depth; k += 2) {
+            size_t at = (size_t)(k0 + k) * g->ldb + (size_t)(n0 + n);
+            for (int i = 0; i < PRODUCT_COLUMNS; i += 16, at += 16, out += 16) {
+                int width = columns - n - i < 0 ? 0 : columns - n - i, second = k + 1 < depth ? width : 0;
+                if (stored) {
+                    weave(out, stored_bf16(stored + at, width), stored_bf16(stored + at + g->ldb, second));
+                } else if (floats) {
+                    weave(out, bf16_of(floats + at, width), bf16_of(floats + at + g->ldb, second));
+                } else { /* f16 */
+                    float wide[2][16] = {0};
+                    widen(wide[0], g->bt, at, (size_t)(width < 16 ? width : 16));
+                    widen(wide[1], g->bt, at + g->ldb, (size_t)(second < 16 ? second : 16));
+                    weave(out, bf16_of(wide[0], 16), bf16_of(wide[1], 16));
                 }
-            }
-            weave(out, row[0], row[1], width);
-            if (width < PRODUCT_COLUMNS) {
-                memset(out + width, 0, (size_t)(PRODUCT_COLUMNS - width) * sizeof(float));
             }
         }
     }
