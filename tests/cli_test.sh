@@ -218,6 +218,40 @@ printf '\n{"step": 2}\n' >>"$work/run/metrics.jsonl"
 says 1 "$work/run/metrics.jsonl, line 3: " "$NLA" report "$work/run"
 says 2 "an argument is missing" "$NLA" report
 
+# help: every command has all of it, in 80 columns; what it gives as examples works, one after the other
+prints "usage: nla data build" "$NLA" help data build
+prints "data stats" "$NLA" help data
+commands=$("$NLA" help | sed -nE 's/^  ([a-z]+( [a-z]+)?) .*/\1/p')
+[ "$(wc -l <<<"$commands")" -ge 20 ] && ok || bad "nla help lists $(wc -l <<<"$commands") commands"
+while read -r name; do
+    # shellcheck disable=SC2086 # a command may be two words
+    "$NLA" help $name >"$work/help"
+    grep -q "^usage: nla $name" "$work/help" && grep -q '^examples:' "$work/help" && ok || bad "nla help $name lacks its usage or examples"
+    [ "$(sed '/^examples:/,$d' "$work/help" | wc -L)" -le 80 ] && ok || bad "nla help $name has a line of more than 80 columns"
+done <<<"$commands"
+box=$work/box
+mkdir -p "$box/models" "$box/corpus" "$box/runs"
+ln -s "$here/$target" "$box/models/smollm2"
+printf '{"text": "The river was wide."}\n{"text": "It rained."}\n' >"$box/texts.jsonl"
+for i in {0..19}; do
+    printf '{"doc_id": "d%d", "text": "The river was wide and slow that day; %d boats lay at the shore, and it rained until the evening came over the hills and the fields."}\n' "$i" "$i"
+done >"$box/corpus/corpus.jsonl"
+nla() { "${exe:?}" "$@"; }
+exe=$(realpath "$NLA")
+while IFS= read -r line; do
+    case $line in *"nla verify"* | *"--by api"*) continue ;; esac # a GPU, a server
+    line=$(sed -E "s/--layer 20/--layer 2/; s/0:1000/0:10/; s/1000:2000/10:20/; s/steps=[0-9]+/steps=2/; s/checkpoint-[0-9]+/checkpoint-2/g
+        s/nla data extract/& --min-context 3 --quiet/; s/nla train rl/& vectors=2 samples=2 max_tokens=4/; s/--shape [0-9,]+/--shape 8,8,8/" <<<"$line")
+    if ! (cd "$box" && eval "$line") >"$work/out" 2>"$work/err" </dev/null; then bad "$line: $(cat "$work/err")"; else ok; fi
+    case $line in
+    *"nla init"*) rm -r "$box/av" "$box/ar" && cp -r "$pair/av" "$pair/ar" "$box" ;;                      # trained ones, which say something
+    *"nla verbalize"*) printf '{"row": 0, "explanation": "A river."}\n' >>"$box/words.jsonl" ;;          # whatever they say
+    esac
+done < <(while read -r name; do
+    # shellcheck disable=SC2086
+    "$NLA" help $name | sed '1,/^examples:/d; s/^  //'
+done <<<"$commands")
+
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"
 "$NLA" help >/dev/full 2>"$work/err"
