@@ -302,9 +302,12 @@ const Command commands[] = {
 
     {"help", "[COMMAND]", "what there is, or all about one command",
      "Without COMMAND lists the commands, with the first word of some (data) those.",
-     "nla help generate\n"
-     "nla help data extract",
-     run_help, 0, 2, 0, 0, {{0}}},
+     "nla help data extract\n"
+     "nla help --man | man -l -\n"
+     "eval \"$(nla help --completion bash)\"",
+     run_help, 0, 2, 0, 0,
+     {FLAG("man", man, "the man page, for standard output"),
+      TEXT("completion", completion, "bash|zsh", "completion for that shell, as a script for standard output")}},
     {0},
 };
 
@@ -425,6 +428,90 @@ static void tell_command(const Form *f, const Command *c, bool alone) {
     tell_examples(f, c);
 }
 
+/* ------------------------------------------------------------------------------------------------ as a man page */
+
+static void put_roff(const char *text, int len) {
+    for (const char *p = text; p < text + len; p++) {
+        const char *plainly = *p == '\\' ? "\\e" : *p == '-' ? "\\-" : *p == '\'' ? "\\(aq" : *p == '`' ? "\\(ga" : NULL;
+        fputs(p == text && *p == '.' ? "\\&" : "", stdout);
+        plainly ? fputs(plainly, stdout) : putchar(*p);
+    }
+}
+
+static void man_heading(const char *text) {
+    printf(".PP\n%c%s:\n", toupper(*text), text + 1);
+}
+
+static void man_paragraph(const char *text) {
+    for (const char *p = text; *p;) {
+        int n = (int)strcspn(p, "\n");
+        puts(".PP");
+        put_roff(p, n);
+        putchar('\n');
+        p += n + (p[n] != 0);
+    }
+}
+
+static void man_item(const char *name, const char *value, const char *text) {
+    fputs(".TP\n\\fB", stdout);
+    put_roff(name, (int)strlen(name));
+    fputs("\\fI", stdout);
+    put_roff(value, (int)strlen(value));
+    puts("\\fR");
+    put_roff(text, (int)strlen(text));
+    putchar('\n');
+}
+
+static void man_example(const char *line, int len) {
+    fputs(".PP\n.EX\n    ", stdout);
+    put_roff(line, len);
+    puts("\n.EE");
+}
+
+static const Form roff = {man_heading, man_paragraph, man_item, man_example};
+
+static const char about[] = "It reads what a language model holds in its residual stream: an AV (activation verbalizer) says in words what is "
+                            "in an activation, an AR (activation reconstructor) rebuilds the activation from the words alone, and both are "
+                            "trained here.";
+static const char streams[] = "Results go to standard output, progress and timing to standard error.";
+static const char *const environment[][2] = {
+    {"NLA_CPU", "any, avx2 or avx512: the widest instructions that the CPU engine may use (default: what the processor has)."},
+    {"OMP_NUM_THREADS", "threads of the CPU engine where --threads does not say (default: all)."},
+    {"PATH", "where gzip, for documents that end in .gz, and python3, for data explain --by api, are found."},
+};
+static const char *const exits[][2] = {
+    {"0", "done"}, {"1", "failed; the last line on standard error says what, where, why and how to mend it"}, {"2", "wrong usage"}};
+
+static void tell_section(const Form *f, const char *heading, const char *const items[][2], int n) {
+    printf(".SH %s\n", heading);
+    for (int i = 0; i < n; i++) {
+        f->item(items[i][0], "", items[i][1]);
+    }
+}
+
+static void put_man_page(void) {
+    puts(".\\\" Written by: nla help --man\n.TH NLA 1 \"\" \"nla\" \"User Commands\"\n.SH NAME\nnla \\- natural language autoencoders\n"
+         ".SH SYNOPSIS\n.B nla\n.I COMMAND\n[options]\n.SH DESCRIPTION");
+    roff.paragraph(about);
+    roff.paragraph(streams);
+    puts(".SH COMMANDS");
+    for (const Command *c = commands; c->name; c++) {
+        printf(".SS nla %s\n\\fBnla %s\\fR ", c->name, c->name);
+        put_roff(c->usage, (int)strlen(c->usage));
+        putchar('\n');
+        tell_command(&roff, c, false);
+    }
+    puts(".SH COMMON OPTIONS\nEvery command takes them; not all have something to do with each.");
+    for (const Option *o = common_options; o->name; o++) {
+        tell_option(&roff, o);
+    }
+    tell_section(&roff, "FILES", files, FILES);
+    tell_section(&roff, "ENVIRONMENT", environment, sizeof environment / sizeof *environment);
+    tell_section(&roff, "EXIT STATUS", exits, sizeof exits / sizeof *exits);
+    puts(".SH SEE ALSO");
+    roff.paragraph("nla help COMMAND tells the same of one command. README.md and docs/architecture.md of the sources: the method, the tour.");
+}
+
 /* ------------------------------------------------------------------------------------------------ nla help */
 
 static void list_commands(const char *first) {
@@ -437,11 +524,16 @@ static void list_commands(const char *first) {
 }
 
 static int run_help(const Settings *s, Err *err) {
+    if (s->man) {
+        put_man_page();
+        return 0;
+    }
     if (!arrlen(s->argument)) {
-        puts("nla: natural language autoencoders. It reads what a language model holds in its residual stream.\n\n"
-             "usage: nla COMMAND [options]      nla help COMMAND tells all about one\n");
+        puts("nla: natural language autoencoders.\n\nusage: nla COMMAND [options]      nla help COMMAND tells all about one\n");
+        plain.paragraph(about);
+        putchar('\n');
         list_commands("");
-        puts("\nResults go to stdout, progress and timing to stderr. Exit status: 0 done, 1 failed, 2 wrong usage.");
+        printf("\n%s\nExit status: 0 done, 1 failed, 2 wrong usage.\n", streams);
         return 0;
     }
     char *name = arrlen(s->argument) > 1 ? xprintf("%s %s", s->argument[0], s->argument[1]) : xstrdup(s->argument[0]);

@@ -1112,12 +1112,12 @@ struct Settings {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations;
+        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations, *completion;
     int positions_per_doc, min_context;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale, save_every;
-    bool resume, plan, merge, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, merge, man, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
 };
 
 /* What most commands work with. */

@@ -7,8 +7,12 @@ NLA=${NLA:-./nla}
 here=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 
+skip() {
+    skipped=$((skipped + 1))
+    printf 'skipped: %s\n' "$*"
+}
 ok() { passed=$((passed + 1)); }
 bad() {
     failed=$((failed + 1))
@@ -239,7 +243,7 @@ done >"$box/corpus/corpus.jsonl"
 nla() { "${exe:?}" "$@"; }
 exe=$(realpath "$NLA")
 while IFS= read -r line; do
-    case $line in *"nla verify"* | *"--by api"*) continue ;; esac # a GPU, a server
+    case $line in *"nla verify"* | *"--by api"* | *"man -l"*) continue ;; esac # a GPU, a server, man
     line=$(sed -E "s/--layer 20/--layer 2/; s/0:1000/0:10/; s/1000:2000/10:20/; s/steps=[0-9]+/steps=2/; s/checkpoint-[0-9]+/checkpoint-2/g
         s/nla data extract/& --min-context 3 --quiet/; s/nla train rl/& vectors=2 samples=2 max_tokens=4/; s/--shape [0-9,]+/--shape 8,8,8/" <<<"$line")
     if ! (cd "$box" && eval "$line") >"$work/out" 2>"$work/err" </dev/null; then bad "$line: $(cat "$work/err")"; else ok; fi
@@ -252,10 +256,30 @@ done < <(while read -r name; do
     "$NLA" help $name | sed '1,/^examples:/d; s/^  //'
 done <<<"$commands")
 
+# the man page says the same, and groff has nothing to say about it
+"$NLA" help --man >"$work/nla.1"
+while read -r name; do
+    grep -qFx ".SS nla $name" "$work/nla.1" && ok || bad "the man page lacks nla $name"
+done <<<"$commands"
+for words in '\fB\-\-injection\-scale \fIX\fR' '\fBlora_rank=\fIN\fR' '.SH ENVIRONMENT' '.SH EXIT STATUS' '    nla data merge shard0 shard1 \-\-out merged'; do
+    grep -qFx -- "$words" "$work/nla.1" && ok || bad "the man page lacks the line $words"
+done
+if command -v groff >/dev/null; then
+    groff -man -ww -z -Tutf8 "$work/nla.1" >"$work/out" 2>&1 && [ ! -s "$work/out" ] && ok || bad "groff: $(head -3 "$work/out")"
+else
+    skip "groff is not installed: the man page is not checked with it"
+fi
+if command -v man >/dev/null; then
+    man --warnings -E UTF-8 -Tutf8 -l "$work/nla.1" >"$work/shown" 2>"$work/out" && [ ! -s "$work/out" ] && ok || bad "man: $(head -3 "$work/out")"
+    grep -q 'wrong usage' "$work/shown" && ok || bad "man does not show the page"
+else
+    skip "man is not installed: the man page is not shown with it"
+fi
+
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"
 "$NLA" help >/dev/full 2>"$work/err"
 [ $? = 1 ] && grep -q "cannot write" "$work/err" && ok || bad "writing to a full device is not noticed"
 
-printf '%d passed, %d failed\n' "$passed" "$failed"
+printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
 [ "$failed" = 0 ]
