@@ -367,8 +367,19 @@ static void tell_option(const Form *f, const Option *o) {
     free(name);
 }
 
-static bool heeds(const Command *c, const Option *common) {
-    return c->heeds >> (common - common_options) & 1;
+/* The options of a command: its own, and the common ones that it heeds. */
+enum { MOST_OPTIONS = sizeof(((Command *)0)->option) / sizeof(Option) + sizeof common_options / sizeof *common_options };
+static int options_of(const Command *c, bool common, const Option *list[MOST_OPTIONS]) {
+    int n = 0;
+    for (const Option *o = c->option; o->name; o++) {
+        list[n++] = o;
+    }
+    for (int i = 0; common && common_options[i].name; i++) {
+        if (c->heeds >> i & 1) {
+            list[n++] = &common_options[i];
+        }
+    }
+    return n;
 }
 
 /* The settings of nla train, each with its stages where not all have it. */
@@ -403,16 +414,13 @@ static void tell_command(const Form *f, const Command *c, bool alone) {
     f->paragraph(summary);
     free(summary);
     f->paragraph(c->details);
-    if (c->option->name || (alone && c->heeds)) {
+    const Option *option[MOST_OPTIONS];
+    int n = options_of(c, alone, option);
+    if (n > 0) {
         f->heading("options");
     }
-    for (const Option *o = c->option; o->name; o++) {
-        tell_option(f, o);
-    }
-    for (const Option *o = common_options; alone && o->name; o++) {
-        if (heeds(c, o)) {
-            tell_option(f, o);
-        }
+    for (int i = 0; i < n; i++) {
+        tell_option(f, option[i]);
     }
     if (c->run == run_train) {
         tell_settings(f);
@@ -512,6 +520,260 @@ static void put_man_page(void) {
     roff.paragraph("nla help COMMAND tells the same of one command. README.md and docs/architecture.md of the sources: the method, the tour.");
 }
 
+/* ------------------------------------------------------------------------------------------------ as completion
+ * The table as shell code, before fixed code that reads it. What can stand for a value is told by how help calls it. */
+
+static bool is_path(const char *value) {
+    return strncmp(value, "FILE", 4) == 0 || strcmp(value, "CORPUS") == 0 || strcmp(value, "PATH") == 0;
+}
+
+static bool is_directory(const char *value) {
+    return strncmp(value, "DIR", 3) == 0 || strcmp(value, "RUN") == 0;
+}
+
+static bool is_words(const char *value) {
+    return strchr(value, '|') && !isupper(*value);
+}
+
+static void put_swapped(const char *text, char from, char to) {
+    for (; *text; text++) {
+        putchar(*text == from ? to : *text);
+    }
+}
+
+/* What the usage begins with when that is an argument, without its brackets and dots; else "". To be freed. */
+static char *first_argument(const Command *c) {
+    const char *from = c->usage + (c->usage[0] == '[');
+    return xstrndup(from, *from == '-' ? 0 : strcspn(from, " .]"));
+}
+
+/* ---- bash: the value of an option or setting as a word of its own list: DIR, FILE, a|b|c; nothing for what cannot be offered */
+
+static void bash_value(const char *value) {
+    fputs(is_directory(value) ? "DIR" : is_path(value) ? "FILE" : is_words(value) || strcmp(value, "COMMAND") == 0 ? value : "", stdout);
+}
+
+static void bash_option(const Option *o) {
+    printf(o->value ? " --%s=" : " --%s", o->name);
+    bash_value(o->value ? o->value : "");
+}
+
+static void bash_command(const Command *c) {
+    const Option *option[MOST_OPTIONS];
+    int n = options_of(c, true, option);
+    char *argument = first_argument(c);
+    printf("    '%s') argument='", c->name);
+    bash_value(argument);
+    fputs("' options='", stdout);
+    for (int i = 0; i < n; i++) {
+        bash_option(option[i]);
+    }
+    puts("' ;;");
+    free(argument);
+}
+
+static void bash_settings(int stage) {
+    printf("    'train %s') settings='", stage_names[stage]);
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        if (k->stages >> stage & 1) {
+            printf(" %s=", k->option.name);
+            bash_value(k->option.value);
+        }
+    }
+    puts("' ;;");
+}
+
+static void put_bash(void) {
+    fputs("# Completion of nla for bash. Written by: nla help --completion bash\n"
+          "_nla() {\n"
+          "    local word=${COMP_WORDS[COMP_CWORD]} name=${COMP_WORDS[COMP_CWORD-1]} command=${COMP_WORDS[1]} commands='", stdout);
+    for (const Command *c = commands; c->name; c++) {
+        putchar(' ');
+        put_swapped(c->name, ' ', '/');
+    }
+    puts("'\n"
+         "    local item equals='' offer='' words='' argument='' options='' settings=''\n"
+         "    COMPREPLY=()\n"
+         "    if [[ $name == '=' ]]; then name=${COMP_WORDS[COMP_CWORD-2]} equals=1; fi # bash cuts name=value in three\n"
+         "    if [[ $word == '=' ]]; then word='' equals=1; fi\n"
+         "    if [[ $commands == *\" $command/\"* ]]; then command+=\" ${COMP_WORDS[2]}\"; fi\n"
+         "    case $command in");
+    for (const Command *c = commands; c->name; c++) {
+        bash_command(c);
+    }
+    puts("    esac\n"
+         "    if [[ $command == train ]]; then\n"
+         "        for item in \"${COMP_WORDS[@]:2:COMP_CWORD-2}\"; do\n"
+         "            if [[ $item == @(av|ar|rl) ]]; then command+=\" $item\" argument=''; break; fi\n"
+         "        done\n"
+         "    fi\n"
+         "    case $command in");
+    for (int stage = 0; stage < 3; stage++) {
+        bash_settings(stage);
+    }
+    puts("    esac\n"
+         "    if ((COMP_CWORD == 1)); then\n"
+         "        for item in $commands; do words+=\" ${item%%/*}\"; done\n"
+         "    elif [[ $commands == *\" $name/\"* ]] && [[ $COMP_CWORD == 2 || $command == help ]]; then\n"
+         "        for item in $commands; do [[ $item == \"$name/\"* ]] && words+=\" ${item#*/}\"; done\n"
+         "    else\n"
+         "        offer=none\n"
+         "        for item in $options; do [[ $item == \"$name=\"* ]] && offer=${item#*=}; done\n"
+         "        for item in $settings; do [[ $equals && $item == \"$name=\"* ]] && offer=${item#*=}; done\n"
+         "        if [[ $offer == none && ! $equals ]]; then\n"
+         "            offer=$argument\n"
+         "            if [[ $word == -* || ! $argument$settings ]]; then\n"
+         "                offer=''\n"
+         "                for item in $options; do words+=\" ${item%%=*}\"; done\n"
+         "            elif [[ $settings ]]; then\n"
+         "                for item in $settings; do words+=\" ${item%%=*}=\"; done\n"
+         "                compopt -o nospace 2>/dev/null\n"
+         "            fi\n"
+         "        fi\n"
+         "    fi\n"
+         "    case $offer in\n"
+         "    none) ;;\n"
+         "    DIR) mapfile -t COMPREPLY < <(compgen -d -- \"$word\") && compopt -o filenames 2>/dev/null ;;\n"
+         "    FILE) mapfile -t COMPREPLY < <(compgen -f -- \"$word\") && compopt -o filenames 2>/dev/null ;;\n"
+         "    COMMAND) for item in $commands; do words+=\" ${item%%/*}\"; done ;;&\n"
+         "    COMMAND | '') mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$word\") ;;\n"
+         "    *) mapfile -t COMPREPLY < <(compgen -W \"${offer//|/ }\" -- \"$word\") ;;\n"
+         "    esac\n"
+         "}\n"
+         "complete -F _nla nla");
+}
+
+/* ---- zsh: specifications of _arguments, with what each option is for */
+
+/* In single quotes of the shell; with `more` escaped too. */
+static void zsh_text(const char *text, const char *more) {
+    for (; *text; text++) {
+        fputs(*text == '\'' ? "'\\'" : strchr(more, *text) ? "\\" : "", stdout);
+        putchar(*text);
+    }
+}
+
+/* What stands behind "message:" of a specification. */
+static void zsh_value(const char *value) {
+    if (is_words(value)) {
+        putchar('(');
+        put_swapped(value, '|', ' ');
+        putchar(')');
+    } else {
+        fputs(is_directory(value) ? "_files -/" : is_path(value) ? "_files" : " ", stdout);
+    }
+}
+
+static void zsh_option(const Option *o) {
+    printf(" '--%s%s[", o->name, o->value ? "=" : "");
+    zsh_text(o->help, "[]:\\");
+    putchar(']');
+    if (o->value) {
+        printf(":%s:", o->value);
+        zsh_value(o->value);
+    }
+    putchar('\'');
+}
+
+static void zsh_command(const Command *c) {
+    const Option *option[MOST_OPTIONS];
+    int n = options_of(c, true, option);
+    char *argument = first_argument(c);
+    printf("    '%s') options=(", c->name);
+    for (int i = 0; i < n; i++) {
+        zsh_option(option[i]);
+    }
+    if (c->run == run_train) {
+        fputs(" '1:stage:(av ar rl)' '*:setting:_nla_setting'", stdout);
+    } else if (c->run == run_help) {
+        fputs(" '1:command:($first)' '2:command:($second)'", stdout);
+    } else if (*argument) {
+        printf(" '%s:%s:", c->most > 1 ? "*" : "1", argument);
+        zsh_value(argument);
+        putchar('\'');
+    }
+    puts(") ;;");
+    free(argument);
+}
+
+static void zsh_settings(int stage) {
+    printf("    %s) settings=(", stage_names[stage]);
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        if (k->stages >> stage & 1) {
+            printf(" '%s:", k->option.name);
+            zsh_text(k->option.help, "\\");
+            putchar('\'');
+        }
+    }
+    puts(") ;;");
+}
+
+static void put_zsh(void) {
+    puts("#compdef nla\n"
+         "# Completion of nla for zsh. Written by: nla help --completion zsh\n"
+         "_nla_setting() { # key=value of train\n"
+         "    local -a settings\n"
+         "    case $words[(r)(av|ar|rl)] in");
+    for (int stage = 0; stage < 3; stage++) {
+        zsh_settings(stage);
+    }
+    puts("    esac\n"
+         "    if ! compset -P '*='; then _describe setting settings -S =; return; fi\n"
+         "    case ${IPREFIX%=} in");
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        if (is_words(k->option.value)) {
+            printf("    %s) compadd -- ", k->option.name);
+            put_swapped(k->option.value, '|', ' ');
+            puts(" ;;");
+        } else if (is_directory(k->option.value)) {
+            printf("    %s) _files -/ ;;\n", k->option.name);
+        }
+    }
+    puts("    esac\n"
+         "}\n"
+         "_nla() {\n"
+         "    local command item\n"
+         "    local -a commands options\n"
+         "    local -aU first second # words of commands\n"
+         "    commands=(");
+    for (const Command *c = commands; c->name; c++) {
+        printf("        '%s:", c->name);
+        zsh_text(c->summary, "\\");
+        puts("'");
+    }
+    puts("    )\n"
+         "    for item in $commands; do\n"
+         "        if [[ ${item%%:*} == *' '* ]]; then first+=(${item%% *}); else first+=($item); fi\n"
+         "        [[ $item == \"$words[CURRENT-1] \"* ]] && second+=(${item#* })\n"
+         "    done\n"
+         "    if ((CURRENT == 2)); then _describe command first; return; fi\n"
+         "    command=$words[2]\n"
+         "    if ((${#second} && CURRENT == 3)); then _describe command second; return; fi\n"
+         "    if [[ -n ${(M)commands:#$command *} ]]; then command=\"$command $words[3]\"; shift words; ((CURRENT--)); fi\n"
+         "    shift words\n"
+         "    ((CURRENT--))\n"
+         "    first=(${first%%:*}) second=(${second%%:*})\n"
+         "    case $command in");
+    for (const Command *c = commands; c->name; c++) {
+        zsh_command(c);
+    }
+    puts("    esac\n"
+         "    _arguments : $options\n"
+         "}\n"
+         "_nla \"$@\"");
+}
+
+static int put_completion(const char *shell, Err *err) {
+    if (strcmp(shell, "bash") == 0) {
+        put_bash();
+    } else if (strcmp(shell, "zsh") == 0) {
+        put_zsh();
+    } else {
+        return fail(err, "--completion takes bash or zsh, not '%s'", shell);
+    }
+    return 0;
+}
+
 /* ------------------------------------------------------------------------------------------------ nla help */
 
 static void list_commands(const char *first) {
@@ -527,6 +789,9 @@ static int run_help(const Settings *s, Err *err) {
     if (s->man) {
         put_man_page();
         return 0;
+    }
+    if (s->completion) {
+        return put_completion(s->completion, err);
     }
     if (!arrlen(s->argument)) {
         puts("nla: natural language autoencoders.\n\nusage: nla COMMAND [options]      nla help COMMAND tells all about one\n");

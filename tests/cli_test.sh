@@ -276,6 +276,61 @@ else
     skip "man is not installed: the man page is not shown with it"
 fi
 
+# completion: what bash offers for a line of words, the last one begun; bash cuts a word at =
+says 1 "--completion takes bash or zsh" "$NLA" help --completion fish
+"$NLA" help --completion bash >"$work/nla.bash"
+offers() { # offers 'WORD...' 'OFFERED...'
+    local got
+    got=$(
+        cd "$box" || exit
+        # shellcheck disable=SC1091
+        . "$work/nla.bash"
+        read -ra COMP_WORDS <<<"$1"
+        [[ $1 != *' ' ]] || COMP_WORDS+=('')
+        COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+        COMPREPLY=()
+        _nla 2>&1
+        printf '%s\n' "${COMPREPLY[@]}" | sort -u | xargs
+    )
+    [ "$got" = "$2" ] && ok || bad "completion of '$1' offers '$got', not '$2'"
+}
+offers 'nla ex' 'explain export'
+offers 'nla da' 'data'
+offers 'nla data ' 'build explain extract merge permute split stats'
+offers 'nla data e' 'explain extract'
+offers 'nla help rec' 'reconstruct'
+offers 'nla help data st' 'stats'
+offers 'nla help --completion ' 'bash zsh'
+offers 'nla generate --device ' 'cpu cuda'
+offers 'nla generate --device = cu' 'cuda'
+offers 'nla generate --max-tokens ' ''
+offers 'nla generate --max' '--max-tokens'
+offers 'nla data extract --po' '--positions-per-doc'
+offers 'nla data extract --html' ''
+offers 'nla data build --stage ' 'ar_sft av_sft rl'
+offers 'nla capture --model mod' 'models'
+offers 'nla capture --in tex' 'texts.jsonl'
+offers 'nla capture --out tex' ''
+offers 'nla inspect co' 'control corpus'
+offers 'nla data stats parts ro' 'rows'
+offers 'nla bench l' 'linear load'
+offers 'nla train ' 'ar av rl'
+offers 'nla train rl lor' 'lora_alpha= lora_modules= lora_rank= lora_rslora='
+offers 'nla train av vec' ''
+offers 'nla train rl vec' 'vectors='
+offers 'nla train rl lr = 1e-4 moments = ' 'bf16 f32'
+offers 'nla train rl lr = 1e-4 freeze_ar =' 'false true'
+offers 'nla train rl out = run' 'runs'
+offers 'nla train rl lr = ' ''
+offers 'nla train rl --con' '--config'
+offers 'nla nothing ' ''
+"$NLA" help --completion zsh >"$work/_nla"
+if command -v zsh >/dev/null; then
+    timeout 120 zsh -f tests/zsh_completion.zsh "$work/_nla" "$box" >"$work/out" 2>&1 && ok || bad "completion in zsh: $(head -c 1000 "$work/out")"
+else
+    skip "zsh is not installed: its completion is not tried"
+fi
+
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"
 "$NLA" help >/dev/full 2>"$work/err"
