@@ -17,6 +17,7 @@ usage: ./build.sh             build ./nla (and install the distribution's packag
        ./build.sh golden      make the expected values again from PyTorch (tests/golden*.py, in $NLA_VENV)
        ./build.sh demo [TEXT] what SmolLM2-135M holds at each token of a text, read by the trained pair; writes report.html
        ./build.sh reproduce   train that pair from nothing (data/reproduce.sh); --small: in about an hour
+       ./build.sh install [PREFIX]  build, and put nla, its man page and its completions under PREFIX (default: /usr/local)
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
              NLA_CUDA=0|1               0: without CUDA; 1: fail when it cannot be with CUDA
@@ -495,6 +496,19 @@ reproduce() {
     data/reproduce.sh "$@"
 }
 
+# The program, its man page and completions, and the script that `nla data explain --by api` runs.
+install_under() { # install_under [PREFIX]
+    local to=${1:-/usr/local} file
+    case $to in /*) ;; *) to=$OLDPWD/$to ;; esac
+    build_release
+    install -D -m 755 nla "$to/bin/nla"
+    ./nla help --man | install -D -m 644 /dev/stdin "$to/share/man/man1/nla.1"
+    ./nla help --completion bash | install -D -m 644 /dev/stdin "$to/share/bash-completion/completions/nla"
+    ./nla help --completion zsh | install -D -m 644 /dev/stdin "$to/share/zsh/site-functions/_nla"
+    for file in explain_api.py dataset.py; do install -D -m 644 "data/$file" "$to/share/nla/$file"; done
+    say "installed under $to: bin/nla, the man page nla(1), completions for bash and zsh"
+}
+
 command=${1:-build}
 [ $# = 0 ] || shift
 case $command in
@@ -506,6 +520,7 @@ unit) unit "$@" ;;
 golden) golden ;;
 demo) demo "$@" ;;
 reproduce) reproduce "$@" ;;
+install) install_under "$@" ;;
 clean) rm -rf build nla ;;
 help | -h | --help) usage ;;
 *)

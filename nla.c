@@ -1,7 +1,7 @@
 /* nla.c - the program: the command line, what all commands share, the commands of a plain language model (inspect, tokenize,
- * generate), the command table and main. Every other command stands in the file of its subject.
+ * generate) and main. Every other command stands in the file of its subject; the table of them all is in help.c.
  *
- * Order: command line; loading; one section a command; the command table; main.
+ * Order: command line; loading; one section a command; main.
  */
 #include "nla.h"
 
@@ -20,39 +20,7 @@
 
 /* ------------------------------------------------------------------------------------------------ command line */
 
-typedef enum { FLAG, COUNT, SEED, NUMBER, TEXT } OptionKind;
-
-typedef struct {
-    const char *name, *value; /* value: how help calls it */
-    OptionKind kind;
-    size_t place; /* offset in Settings */
-    double least, most;
-    const char *help;
-} Option;
-
-#define AT(field) offsetof(Settings, field)
-
-static const Option common_options[] = {
-    {"device", "cpu|cuda", TEXT, AT(device), 0, 0, "engine to compute on (default: cuda where there is one)"},
-    {"threads", "N", COUNT, AT(threads), 0, 4096, "threads of the CPU engine (default: all)"},
-    {"bf16", NULL, FLAG, AT(bf16), 0, 0, "round the inputs of matrix products to bf16 (AVX512-BF16 processors)"},
-    {"fp32", NULL, FLAG, AT(fp32), 0, 0, "activations in fp32 on a GPU too, for diffing (default there: bf16)"},
-    {"seed", "N", SEED, AT(seed), 0, 0, "of everything random (default: 0)"},
-    {"json", NULL, FLAG, AT(json), 0, 0, "results as JSON, one object or array a line"},
-    {"quiet", NULL, FLAG, AT(quiet), 0, 0, "no progress or timing on stderr"},
-    {0},
-};
-
-typedef struct {
-    const char *name, *usage, *summary, *details;
-    int (*run)(const Settings *s, Err *err);
-    int least, most; /* arguments */
-    Option option[20];
-} Command;
-
-static const Command *find_command(const char *name);
-
-int edit_distance(const char *a, const char *b) {
+static int edit_distance(const char *a, const char *b) {
     int n = (int)strlen(b), row[64];
     if (n > 63) {
         return 64;
@@ -73,44 +41,58 @@ int edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* The next option of a command: its own first, then the common ones. */
-static const Option *next_option(const Command *c, const Option *o) {
-    o = o ? o + 1 : c->option;
-    return o->name || o == &common_options[sizeof common_options / sizeof *common_options - 1] ? o : common_options;
+void guess(Guess *g, const char *name) {
+    int apart = edit_distance(g->given, name);
+    if (apart < (*g->hint ? g->apart : 3)) {
+        g->apart = apart;
+        snprintf(g->hint, sizeof g->hint, " (did you mean %s?)", name);
+    }
 }
 
-static const Option *find_option(const Command *c, const char *name, size_t len) {
-    for (const Option *o = next_option(c, NULL); o->name; o = next_option(c, o)) {
-        if (strlen(o->name) == len && strncmp(o->name, name, len) == 0) {
-            return o;
-        }
+const Command *find_command(const char *name) {
+    const Command *c = commands;
+    while (c->name && strcmp(c->name, name) != 0) {
+        c++;
     }
-    return NULL;
+    return c->name ? c : NULL;
 }
 
-static int unknown_option(const Command *c, const char *name, size_t len, Err *err) {
-    char *given = xstrndup(name, len);
-    const char *nearest = NULL;
-    int least = 3;
-    for (const Option *o = next_option(c, NULL); o->name; o = next_option(c, o)) {
-        int d = edit_distance(given, o->name);
-        if (d < least) {
-            least = d;
-            nearest = o->name;
+bool is_first_word(const char *word) {
+    size_t n = strlen(word);
+    const Command *c = commands;
+    while (c->name && (strncmp(c->name, word, n) != 0 || c->name[n] != ' ')) {
+        c++;
+    }
+    return c->name;
+}
+
+/* The option of a command, its own or a common one, that "--name" or "--name=value" names. */
+static const Option *find_option(const Command *c, const char *word, Err *err) {
+    const Option *const lists[] = {c->option, common_options};
+    char *given = xstrndup(word, strcspn(word, "="));
+    const Option *found = NULL;
+    Guess g = {.given = given};
+    for (int i = 0; i < 2; i++) {
+        for (const Option *o = lists[i]; o->name && !found; o++) {
+            char *name = xprintf("--%s", o->name);
+            found = strcmp(name, given) == 0 ? o : NULL;
+            guess(&g, name);
+            free(name);
         }
     }
-    fail(err, "unknown option --%s%s%s%s; see: nla help %s", given, nearest ? " (did you mean --" : "",
-         nearest ? nearest : "", nearest ? "?)" : "", c->name);
+    if (!found) {
+        fail(err, "unknown option %s%s; see: nla help %s", given, g.hint, c->name);
+    }
     free(given);
-    return -1;
+    return found;
 }
 
 static int set_option(Settings *s, const Option *o, const char *value, Err *err) {
     char *place = (char *)s + o->place, *end = NULL;
     errno = 0;
-    if (o->kind == TEXT) {
+    if (o->kind == OPTION_TEXT) {
         *(const char **)(void *)place = value;
-    } else if (o->kind == SEED) {
+    } else if (o->kind == OPTION_SEED) {
         long long n = strtoll(value, &end, 10);
         if (*end || end == value || errno) {
             return fail(err, "--%s takes a whole number, not '%s'", o->name, value);
@@ -118,11 +100,11 @@ static int set_option(Settings *s, const Option *o, const char *value, Err *err)
         *(int64_t *)(void *)place = n;
     } else {
         double n = strtod(value, &end);
-        if (*end || end == value || errno || !(n >= o->least && n <= o->most) || (o->kind == COUNT && n != floor(n))) {
+        if (*end || end == value || errno || !(n >= o->least && n <= o->most) || (o->kind == OPTION_COUNT && n != floor(n))) {
             return fail(err, "--%s takes a %s from %g to %g, not '%s'", o->name,
-                        o->kind == COUNT ? "whole number" : "number", o->least, o->most, value);
+                        o->kind == OPTION_COUNT ? "whole number" : "number", o->least, o->most, value);
         }
-        if (o->kind == COUNT) {
+        if (o->kind == OPTION_COUNT) {
             *(int *)(void *)place = (int)n;
         } else {
             *(double *)(void *)place = n;
@@ -149,13 +131,12 @@ static int parse_options(Settings *s, const Command *c, int from, int argc, char
             return fail(err, "unknown option %s (options start with two dashes; text that starts with a dash goes after --)",
                         word);
         }
-        const char *name = word + 2, *equals = strchr(name, '=');
-        size_t len = equals ? (size_t)(equals - name) : strlen(name);
-        const Option *o = find_option(c, name, len);
+        const char *equals = strchr(word, '=');
+        const Option *o = find_option(c, word, err);
         if (!o) {
-            return unknown_option(c, name, len, err);
+            return -1;
         }
-        if (o->kind == FLAG) {
+        if (o->kind == OPTION_FLAG) {
             if (equals) {
                 return fail(err, "--%s takes no value", o->name);
             }
@@ -171,7 +152,8 @@ static int parse_options(Settings *s, const Command *c, int from, int argc, char
     }
     int n = (int)arrlen(s->argument);
     if (n < c->least || n > c->most) {
-        return fail(err, n < c->least ? "an argument is missing; usage: nla %s" : "too many arguments; usage: nla %s", c->usage);
+        return fail(err, n < c->least ? "an argument is missing; usage: nla %s %s" : "too many arguments; usage: nla %s %s",
+                    c->name, c->usage);
     }
     return 0;
 }
@@ -463,7 +445,7 @@ static int inspect_tensors(const char *path, Err *err) {
     return 0;
 }
 
-static int run_inspect(const Settings *s, Err *err) {
+int run_inspect(const Settings *s, Err *err) {
     const char *path = s->argument[0];
     size_t n = strlen(path);
     struct stat st;
@@ -516,7 +498,7 @@ static int tokenize_one(const Loaded *l, const Settings *s, const char *text, si
     return status;
 }
 
-static int run_tokenize(const Settings *s, Err *err) {
+int run_tokenize(const Settings *s, Err *err) {
     Loaded l = {0};
     if (need(s->model, "model", s, err) != 0 || !(l.tok = tokenizer_load(s->model, err))) {
         return -1;
@@ -653,7 +635,7 @@ static int generate_group(const Loaded *l, const Settings *s, int **prompt, int 
     return computed < 0 ? -1 : 0;
 }
 
-static int run_generate(const Settings *s, Err *err) {
+int run_generate(const Settings *s, Err *err) {
     Loaded l;
     if (load_all(&l, s, true, err) != 0) {
         return -1;
@@ -678,253 +660,6 @@ static int run_generate(const Settings *s, Err *err) {
     return status;
 }
 
-/* ------------------------------------------------------------------------------------------------ nla help, and the table */
-
-static int run_help(const Settings *s, Err *err);
-
-#define MODEL_OPTION {"model", "DIR", TEXT, AT(model), 0, 0, "a Hugging Face model directory: config.json, safetensors, tokenizer.json"}
-#define CHAT_OPTIONS                                                                                                   \
-    {"chat", NULL, FLAG, AT(chat), 0, 0, "the text is a user message: render it with the model's chat template"},      \
-    {"system", "TEXT", TEXT, AT(system), 0, 0, "system message before it (with --chat)"},                              \
-    {"date", "DATE", TEXT, AT(date), 0, 0, "the date that Llama 3.1's template names (default: \"26 Jul 2024\")"}
-#define SAMPLING_OPTIONS                                                                                               \
-    {"max-tokens", "N", COUNT, AT(max_tokens), 1, 1e6, "longest reply (default: 200)"},                                \
-    {"temperature", "T", NUMBER, AT(temperature), 0, 100, "0 takes the likeliest token (default: 0)"},                 \
-    {"top-k", "N", COUNT, AT(top_k), 0, 1e9, "draw among the N likeliest (default: all)"},                             \
-    {"top-p", "P", NUMBER, AT(top_p), 1e-6, 1, "draw among the likeliest that reach probability P (default: 1)"}
-
-static const Command commands[] = {
-    {"inspect", "inspect PATH [--tensors] [--json]", "config, tensors, sidecar, parameter count and memory plan",
-     "PATH is a model directory, a dataset directory, a .safetensors file or a .yaml sidecar.",
-     run_inspect, 1, 1, {{"tensors", NULL, FLAG, AT(tensors), 0, 0, "list every tensor of a model"}}},
-    {"tokenize", "tokenize --model DIR [--chat] [TEXT|-]", "text to token ids",
-     "Without TEXT, or with -, every line of standard input is one text. Prints an id and its bytes a line; with --json one\n"
-     "array of ids a text. Special tokens that the tokenizer adds (BOS) are added.",
-     run_tokenize, 0, 1, {MODEL_OPTION, CHAT_OPTIONS,
-     {"no-special", NULL, FLAG, AT(no_special), 0, 0, "leave out the special tokens the tokenizer adds"}}},
-    {"generate", "generate --model DIR [--chat] [PROMPT|-] [--in FILE]", "continue a text",
-     "Without PROMPT, or with -, the prompt is standard input. --in takes many prompts: JSONL (\"text\"), a text file, a directory.\n"
-     "One reply is streamed as it is made. A draw depends on --seed, the prompt's place, the sample and the step alone.",
-     run_generate, 0, 1, {MODEL_OPTION, CHAT_OPTIONS, SAMPLING_OPTIONS,
-     {"samples", "N", COUNT, AT(samples), 1, 4096, "replies to each prompt; the prompt is computed once for all (default: 1)"},
-     {"in", "FILE", TEXT, AT(in), 0, 0, "prompts: JSONL, text, directory of texts, or - for standard input"},
-     {"ids", "LIST", TEXT, AT(ids), 0, 0, "the prompt as token ids, such as 1,22,333"},
-     {"batch", "N", COUNT, AT(batch), 1, 65536, "replies decoded together (default: 32)"},
-     {"ignore-eos", NULL, FLAG, AT(ignore_eos), 0, 0, "go on after an end token"}}},
-    {"capture", "capture --model DIR --in FILE --out DIR [--layer K]", "activations of texts, as a dataset directory",
-     "Reads documents (JSONL with a \"text\" field, a text file, a directory of them, - for standard input; .gz is unpacked) and writes\n"
-     "the residual stream after block K (hidden_states[K+1] in transformers) as float32, raw. With several layers, one dataset each\n"
-     "under DIR/layer_K. Rows: a token's activation, its prefix as text, the number of tokens up to it.",
-     run_capture, 0, 0, {MODEL_OPTION, CHAT_OPTIONS,
-     {"layer", "K", TEXT, AT(layers), 0, 0, "a layer, several (3,7,20) or all (default: two thirds of the way up)"},
-     {"positions", "HOW", TEXT, AT(positions), 0, 0, "all, last, or N positions a document drawn by (seed, doc_id) (default: all)"},
-     {"in", "FILE", TEXT, AT(in), 0, 0, "documents"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"},
-     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "tokens read of a document (default: 2048)"}}},
-    {"init", "init --model DIR --layer K [--av DIR] [--ar DIR]", "the start of an AV and an AR from a target model",
-     "The AV is a sidecar beside links to the model's files (no copy); the AR is blocks 0..K with an identity head. Both are Hugging\n"
-     "Face directories. The marker, its neighbours and the AR's suffix are computed with the model's own tokenizer.",
-     run_init, 0, 0, {MODEL_OPTION, {"layer", "K", TEXT, AT(layers), 0, 0, "the layer that is read (default: two thirds of the way up)"},
-     {"av", "DIR", TEXT, AT(av), 0, 0, "the AV directory to make"}, {"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR directory to make"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "length of the injected vector; 0: as it is"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "captured activations whose mean norm sets that length"}}},
-    {"verbalize", "verbalize --av DIR --acts DIR [--out FILE.jsonl]", "activations to words",
-     "Reads every activation of a dataset with the AV. One JSON object a sample: explanation (null when a tag is missing: failed),\n"
-     "text, tokens, logprob. A sample depends on --seed, its row and its number alone, never on what is decoded beside it.",
-     run_verbalize, 0, 0, {{"av", "DIR", TEXT, AT(av), 0, 0, "the AV: a model directory with nla_meta.yaml"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "a dataset directory, or a .safetensors file with activation_vector"},
-     {"out", "FILE", TEXT, AT(out), 0, 0, "where to (default: standard output)"}, SAMPLING_OPTIONS,
-     {"samples", "N", COUNT, AT(samples), 1, 4096, "texts for each activation (default: 1)"},
-     {"batch", "N", COUNT, AT(batch), 1, 65536, "samples decoded together (default: 32)"},
-     {"logprobs", NULL, FLAG, AT(logprobs), 0, 0, "the log-probability of every token too"},
-     {"sidecar", "FILE", TEXT, AT(sidecar), 0, 0, "another nla_meta.yaml than the AV's own"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
-    {"reconstruct", "reconstruct --ar DIR --in FILE.jsonl --out FILE.safetensors", "words to activations",
-     "Reads the explanations that verbalize wrote (rows without one are left out) and writes activation_vector, row and sample.\n"
-     "With --acts it also prints how close the vectors are to those they explain.",
-     run_reconstruct, 0, 0, {{"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR: a model directory with value_head.safetensors and nla_meta.yaml"},
-     {"in", "FILE", TEXT, AT(in), 0, 0, "JSONL with \"explanation\" or \"text\"; - for standard input"},
-     {"out", "FILE", TEXT, AT(out), 0, 0, "the safetensors file to write"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "the activations that were explained, for scores"},
-     {"sidecar", "FILE", TEXT, AT(sidecar), 0, 0, "another nla_meta.yaml than the AR's own"}}},
-    {"explain", "explain --model DIR --av DIR [--ar DIR] [TEXT|-] [--chat] [--html FILE]", "the round trip: what a model has in mind at each token",
-     "Takes the target's activation at every token of TEXT, lets the AV put it into words and the AR rebuild it from them, and prints\n"
-     "each with its FVE (how much of the activation the words carried). --html writes the same as one self-contained page.",
-     run_explain, 0, 1, {MODEL_OPTION, {"av", "DIR", TEXT, AT(av), 0, 0, "the AV"},
-     {"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR; without it there are words but no scores"}, CHAT_OPTIONS,
-     {"reply", "N", COUNT, AT(reply), 0, 1e5, "let the model reply first, up to N tokens, and read those too"},
-     {"layers", "A,B,C", TEXT, AT(layers), 0, 0, "layers to read (default: the AV's)"},
-     {"positions", "HOW", TEXT, AT(positions), 0, 0, "all, last, one position N or a range A:B (default: all)"},
-     {"html", "FILE", TEXT, AT(html), 0, 0, "write a page to look at"}, SAMPLING_OPTIONS,
-     {"samples", "N", COUNT, AT(samples), 1, 64, "explanations of each activation (default: 1)"},
-     {"batch", "N", COUNT, AT(batch), 1, 65536, "samples decoded together (default: 32)"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "activations for FVE's denominator (default: as the AR's sidecar says, else the text's own)"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
-    {"eval", "eval --av DIR --ar DIR --acts DIR [--train DIR] [--html FILE]", "FVE on held-out rows, with controls and perturbations",
-     "Explains every row and rebuilds it from the words, then does the same with other texts in the explanation's place: another row's,\n"
-     "a constant, the nearest training row's (--train), the true prefix, the explanation shuffled, lower-cased, unquoted, thinned.",
-     run_eval, 0, 0, {{"av", "DIR", TEXT, AT(av), 0, 0, "the AV"}, {"ar", "DIR", TEXT, AT(ar), 0, 0, "the AR"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "held-out activations, with rows.jsonl for the prefixes"},
-     {"train", "DIR", TEXT, AT(train), 0, 0, "training rows with explanations, for the nearest-neighbour baseline"},
-     {"rows", "N", COUNT, AT(rows), 2, 1e7, "use N rows, spread over the set (default: all)"},
-     {"html", "FILE", TEXT, AT(html), 0, 0, "write a page with charts"}, SAMPLING_OPTIONS,
-     {"batch", "N", COUNT, AT(batch), 1, 65536, "explanations decoded together (default: 32)"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"}}},
-    {"report", "report RUN [--html FILE]", "a page with the curves and samples of a training run",
-     "RUN is a run's directory with settings.yaml and metrics.jsonl; it may still be going on. Prints the name of the page it wrote.",
-     run_report, 1, 1, {{"html", "FILE", TEXT, AT(html), 0, 0, "where to (default: RUN/report.html)"}}},
-    {"data extract", "data extract --model DIR --in CORPUS --out DIR [--layer K] [--resume]", "a corpus to activations, the rows that training begins with",
-     "At up to --positions-per-doc tokens of every document, drawn by (seed, doc_id), never among its first --min-context ones and never\n"
-     "a special one, keeps the residual stream after block K. The directory appears when all of it is there; until then OUT.partial\n"
-     "holds what --resume goes on from after a kill. Shards (--documents A:B) merged by nla data merge are the one run, byte for byte.",
-     run_data_extract, 0, 0, {MODEL_OPTION,
-     {"layer", "K", TEXT, AT(layers), 0, 0, "a layer, several (3,7,20) or all (default: two thirds of the way up)"},
-     {"in", "CORPUS", TEXT, AT(in), 0, 0, "JSONL with \"text\" (and \"doc_id\"), a text file, a directory of them, - for standard input"},
-     {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make; with several layers DIR/layer_K"},
-     {"positions-per-doc", "N", COUNT, AT(positions_per_doc), 1, 1e6, "tokens read of a document, at most (default: 10)"},
-     {"min-context", "N", COUNT, AT(min_context), 0, 1e6, "tokens at its start that are not read (default: 50)"},
-     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "tokens of a document that are run (default: 2048)"},
-     {"documents", "N|A:B", TEXT, AT(documents), 0, 0, "the first N documents, or those from A on, before B (default: all)"},
-     {"save-every", "SECONDS", NUMBER, AT(save_every), 0, 1e6, "between two states that --resume can go on from (default: 15)"},
-     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with the run that OUT.partial holds"}}},
-    {"data merge", "data merge DIR... --out DIR", "shards of one corpus as one dataset",
-     "DIR...: what nla data extract made of consecutive ranges of documents (--documents 0:1000, 1000:2000, ...), in order.",
-     run_data_merge, 1, 10000, {{"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"}}},
-    {"data split", "data split --acts DIR --out DIR [--parts LIST]", "a dataset in parts, by document",
-     "Every row of a document goes to the same part, by the document's id and --seed alone.",
-     run_data_split, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"},
-     {"out", "DIR", TEXT, AT(out), 0, 0, "directory to make, with a dataset for each part"},
-     {"parts", "LIST", TEXT, AT(parts), 0, 0, "names and weights (default: av_sft:25,ar_sft:25,rl:50,held:4)"}}},
-    {"data permute", "data permute --acts DIR --out DIR", "the control: the same rows with each other's vectors",
-     "A random cycle through all rows, by --seed: no row keeps its own vector.",
-     run_data_permute, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"}}},
-    {"data explain", "data explain --acts DIR --by file|model|api|rules --out FILE.jsonl", "warm-start explanations of rows, from their prefixes",
-     "rules: from the words alone, without a model. model: an instruct model on disk (--model). file: what somebody else wrote (--in:\n"
-     "JSONL with row_id or prefix, and explanation). api: through data/explain_api.py, whose options follow -- (see its --help).\n"
-     "Lists, emphasis and tags are taken off; what lacks its closing tag or has fewer than two features is dropped and counted.",
-     run_data_explain, 0, 1000, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset whose rows are explained"},
-     {"by", "HOW", TEXT, AT(by), 0, 0, "file, model, api or rules"},
-     {"out", "FILE", TEXT, AT(out), 0, 0, "the file to make: JSONL with row_id, prefix, explanation, by"},
-     {"in", "FILE", TEXT, AT(in), 0, 0, "explanations, for --by file; several separated by commas, of which the first counts"}, MODEL_OPTION,
-     {"rows", "N", COUNT, AT(rows), 1, 1e9, "only the first N rows"},
-     {"words", "N", COUNT, AT(words), 1, 1000, "of an explanation by rules, at most, where what matters most fits (default: 106)"},
-     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on with FILE.part, of a run that was killed"}, SAMPLING_OPTIONS,
-     {"batch", "N", COUNT, AT(batch), 1, 65536, "rows that a model explains together (default: 32)"}}},
-    {"data build", "data build --acts DIR --stage av_sft|ar_sft|rl [--explanations FILE] --out DIR", "training rows: a dataset with explanations and a complete sidecar",
-     "av_sft and ar_sft keep the rows that somebody explained, rl all rows without. The sidecar gets the marker, its neighbours, the\n"
-     "AR's suffix and the templates of the dataset's own model (or --model).",
-     run_data_build, 0, 0, {{"acts", "DIR", TEXT, AT(acts), 0, 0, "the dataset"}, {"out", "DIR", TEXT, AT(out), 0, 0, "the dataset directory to make"},
-     {"stage", "STAGE", TEXT, AT(stage), 0, 0, "av_sft, ar_sft or rl"},
-     {"explanations", "FILE", TEXT, AT(explanations), 0, 0, "from nla data explain; several separated by commas, of which the first counts"}, MODEL_OPTION}},
-    {"data stats", "data stats DIR...", "rows, documents, lengths, norms, repeats, and leakage between datasets", "",
-     run_data_stats, 1, 1000, {{0}}},
-    {"train", "train av|ar|rl [--config FILE] [key=value ...]", "teach an AV and an AR, or improve both by RL",
-     "av: next-token cross entropy on explanations of activations. ar: mse_nrm of the vectors that explanations are turned into.\n"
-     "rl: GRPO with the live AR as reward and a KL to the AV it started from; the AR learns on the same texts.\n"
-     "A run is a directory: settings.yaml, metrics.jsonl (see nla report) and checkpoints, whose av/ and ar/ other commands open.\n"
-     "Interrupted (Ctrl-C, kill) it saves and exits; with --resume it goes on, bit for bit as if it had not been.",
-     run_train, 1, 100, {{"config", "FILE", TEXT, AT(config), 0, 0, "settings, as YAML"},
-     {"resume", NULL, FLAG, AT(resume), 0, 0, "go on from the newest checkpoint (only out=DIR is needed then)"},
-     {"plan", NULL, FLAG, AT(plan), 0, 0, "print the memory that these settings take, and stop"}}},
-    {"export", "export DIR --out DIR [--merge] [--dtype bf16|f32] [--base DIR]", "a trained AV or AR as a directory that others open",
-     "DIR is an AV or an AR, such as RUN/checkpoint-100/av. Adapters stay adapters (PEFT's layout) unless they are merged into the\n"
-     "weights; weights become a Hugging Face directory.",
-     run_export, 1, 1, {{"out", "DIR", TEXT, AT(out), 0, 0, "the directory to make"},
-     {"merge", NULL, FLAG, AT(merge), 0, 0, "add the adapters to the weights they are for"},
-     {"dtype", "bf16|f32", TEXT, AT(dtype), 0, 0, "of the weights (default: bf16) or the adapters (default: f32); the value head is f32"},
-     {"base", "DIR", TEXT, AT(base), 0, 0, "the base model that adapters name, from here or from --out (default: as they name it now)"}}},
-    {"verify", "verify [--model DIR] [--fp32]", "op by op, the CUDA engine against the CPU engine",
-     "Runs every op forward and back at several sizes, and a whole model's forward pass, on both engines; prints the largest difference of\n"
-     "each output relative to the largest number expected, and exits with 1 when one is beyond its bound.",
-     run_verify, 0, 0, {MODEL_OPTION}},
-    {"dump", "dump --model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
-     "Writes a safetensors file: input_ids, and under the names of transformers' modules their outputs for every token:\n"
-     "model.embed_tokens, model.layers.N.self_attn, model.layers.N.mlp, model.layers.N (the residual stream after block N),\n"
-     "model.norm, lm_head.",
-     run_dump, 0, 1, {MODEL_OPTION, CHAT_OPTIONS, {"out", "FILE", TEXT, AT(out), 0, 0, "the safetensors file to write"},
-     {"ids", "LIST", TEXT, AT(ids), 0, 0, "token ids instead of TEXT, such as 1,22,333"},
-     {"only", "NAME", TEXT, AT(only), 0, 0, "keep only tensors whose name contains NAME"}}},
-    {"bench", "bench [linear|load|forward|decode|verbalize|all] [--model DIR]", "speed, op by op and end to end",
-     "linear: one matrix product, --shape ROWS,IN,OUT (needs no model). load: files to first use. forward: 2,048 packed tokens in\n"
-     "documents of --max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens. verbalize: --samples of\n"
-     "each of --rows vectors over the forest, then each sample alone with its whole prompt; the texts must be the same.",
-     run_bench, 0, 1, {MODEL_OPTION, SAMPLING_OPTIONS,
-     {"av", "DIR", TEXT, AT(av), 0, 0, "the AV that verbalize reads with"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "the vectors that it reads"},
-     {"rows", "N", COUNT, AT(rows), 1, 4096, "use the first N of them (default: 64)"},
-     {"sidecar", "FILE", TEXT, AT(sidecar), 0, 0, "another nla_meta.yaml than the AV's own"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"},
-     {"samples", "N", COUNT, AT(samples), 1, 4096, "rows decoded together"},
-     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "length of the packed documents (default: 2048)"},
-     {"shape", "ROWS,IN,OUT", TEXT, AT(shape), 0, 0, "of the matrix product"},
-     {"repeat", "N", COUNT, AT(repeat), 1, 1e6, "measurements; the median is shown (default: 5)"}}},
-    {"help", "help [COMMAND]", "what there is, or all about one command", "", run_help, 0, 2, {{0}}},
-    {0},
-};
-
-static const Command *find_command(const char *name) {
-    for (const Command *c = commands; c->name; c++) {
-        if (strcmp(c->name, name) == 0) {
-            return c;
-        }
-    }
-    return NULL;
-}
-
-/* Commands of two words: "data" alone is none. */
-static bool is_first_word(const char *word) {
-    size_t n = strlen(word);
-    for (const Command *c = commands; c->name; c++) {
-        if (strncmp(c->name, word, n) == 0 && c->name[n] == ' ') {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void print_option(const Option *o) {
-    char left[64];
-    snprintf(left, sizeof left, "--%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
-    printf("  %-24s %s\n", left, o->help);
-}
-
-static int run_help(const Settings *s, Err *err) {
-    if (!arrlen(s->argument)) {
-        puts("nla: natural language autoencoders. It reads what a language model holds in its residual stream.\n\n"
-             "usage: nla COMMAND [options]      nla help COMMAND tells all about one\n");
-        for (const Command *c = commands; c->name; c++) {
-            printf("  %-13s %s\n", c->name, c->summary);
-        }
-        puts("\nResults go to stdout, progress and timing to stderr. Exit status: 0 done, 1 failed, 2 wrong usage.");
-        return 0;
-    }
-    char *name = arrlen(s->argument) > 1 ? xprintf("%s %s", s->argument[0], s->argument[1]) : xstrdup(s->argument[0]);
-    const Command *c = find_command(name);
-    bool first = is_first_word(name);
-    for (const Command *k = commands; first && k->name; k++) {
-        if (strncmp(k->name, name, strlen(name)) == 0) {
-            printf("  %-13s %s\n", k->name, k->summary);
-        }
-    }
-    if (!c && !first) {
-        fail(err, "there is no command '%s'; nla help lists them", name);
-    }
-    free(name);
-    if (!c) {
-        return first ? 0 : -1;
-    }
-    printf("usage: nla %s\n\n%s.\n%s%s\n", c->usage, c->summary, c->details, *c->details ? "\n" : "");
-    for (const Option *o = c->option; o->name; o++) {
-        print_option(o);
-    }
-    for (const Option *o = common_options; o->name; o++) {
-        print_option(o);
-    }
-    if (c->run == run_train) {
-        run_settings_help(stdout);
-    }
-    return 0;
-}
-
 /* ------------------------------------------------------------------------------------------------ main */
 
 /* The command that the line begins with, of one word or two; *words: how many. NULL: none, with the reason. */
@@ -934,17 +669,16 @@ static const Command *command_of(Settings *s, int argc, char **argv, int *words,
                  : two ? xprintf("%s %s", argv[1], argv[2])
                        : xstrdup(argv[1]);
     const Command *c = find_command(name);
-    const char *nearest = NULL;
-    for (const Command *k = commands; !c && k->name && !nearest; k++) {
-        nearest = edit_distance(name, k->name) <= 2 ? k->name : NULL;
+    Guess g = {.given = name};
+    for (const Command *k = commands; k->name; k++) {
+        guess(&g, k->name);
     }
     if (c) {
         s->command = c->name;
     } else if (argc == 2 && is_first_word(name)) {
         fail(err, "%s what? nla help %s lists its commands", name, name);
     } else {
-        fail(err, "there is no command '%s'%s%s%s; nla help lists them", name, nearest ? " (did you mean " : "", nearest ? nearest : "",
-             nearest ? "?)" : "");
+        fail(err, "there is no command '%s'%s; nla help lists them", name, g.hint);
     }
     *words = two ? 2 : 1;
     free(name);
@@ -964,7 +698,7 @@ int nla_main(int argc, char **argv) {
         }
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             arrput(s.argument, c->name);
-            run_help(&s, &err);
+            find_command("help")->run(&s, &err);
             arrfree(s.argument);
             return 0;
         }

@@ -29,6 +29,16 @@ extern "C" {
 
 typedef struct Settings Settings; /* what a command line says: the command layer, below */
 
+/* An option of a command, or a setting of a training run. */
+typedef enum { OPTION_FLAG, OPTION_COUNT, OPTION_SEED, OPTION_NUMBER, OPTION_TEXT } OptionKind;
+typedef struct {
+    const char *name, *value; /* value: how help calls it (DIR, FILE: a path; a|b|c: those words); NULL: a flag takes none */
+    OptionKind kind;
+    size_t place; /* offset of what it sets, in Settings or RunSettings */
+    double least, most;
+    const char *help;
+} Option;
+
 typedef struct Err {
     char msg[1024]; /* one line, no newline at the end */
 } Err;
@@ -982,11 +992,11 @@ void keep_logprobs(void *context, const float *logp, float *dlogp, int first, in
 
 typedef enum { STAGE_AV, STAGE_AR, STAGE_RL } Stage;
 
-typedef struct { /* the keys of a run file; run.c lists them with their meaning */
+typedef struct { /* one field a key of a run file, of that name */
     char *out, *av, *ar, *data, *eval, *moments, *lora_modules;
     int steps, batch, vectors, samples, micro, warmup, lora_rank, max_tokens, kl_estimator, updates, eval_every, eval_rows,
         save_every, keep, seed;
-    double lr, lr_final, ar_lr, clip, decay, lora_alpha, kl, clip_ratio, length_penalty;
+    double lr, lr_final, ar_lr, clip, weight_decay, lora_alpha, kl, clip_ratio, length_penalty;
     bool recompute, lora_rslora, log_mse, freeze_ar, permute;
 } RunSettings;
 
@@ -994,7 +1004,15 @@ typedef struct { /* the keys of a run file; run.c lists them with their meaning 
  * nearest known one. */
 int run_settings_read(RunSettings *r, Stage stage, const char *config, const char *const *given, int n, Err *err);
 int run_settings_save(const RunSettings *r, Stage stage, const char *path, Err *err);
-void run_settings_help(FILE *out);
+
+extern const char *const stage_names[]; /* [3]: av, ar, rl */
+enum { ALL_STAGES = 1 << STAGE_AV | 1 << STAGE_AR | 1 << STAGE_RL };
+typedef struct {
+    unsigned stages; /* that have it, a bit each */
+    Option option;   /* of which least and most are not used */
+} RunKey;
+extern const RunKey run_keys[]; /* the last one's name is NULL */
+
 void run_settings_free(RunSettings *r);
 
 typedef struct {
@@ -1097,12 +1115,12 @@ struct Settings {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations;
+        *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations, *completion;
     int positions_per_doc, min_context, words;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale, save_every;
-    bool resume, plan, merge, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool resume, plan, merge, man, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
 };
 
 /* What most commands work with. */
@@ -1117,7 +1135,6 @@ int group_size(const Settings *s); /* prompts or vectors decoded together: as ma
 int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err); /* tokenizer: false when no text is read or printed */
 void unload(Loaded *l);
 int open_engine(Engine **engine, const Settings *s, Err *err);
-int edit_distance(const char *a, const char *b); /* insertions, deletions, replacements; 64 for long ones */
 int need(const char *value, const char *option, const Settings *s, Err *err); /* an error when the option was not given */
 void note(const Settings *s, const char *format, ...) __attribute__((format(printf, 2, 3))); /* on stderr, unless quiet */
 /* A progress line, once a second on a terminal (in place) and every ten seconds in a log: count and rate of `unit`, and the time left
@@ -1132,6 +1149,30 @@ int prompt_ids(const Loaded *l, const Settings *s, int **ids, Err *err);
 /* Layers "3", "3,7,20" or "all" (stb); NULL means two thirds of the way up. */
 int parse_layers(const char *text, const Config *c, int **layers, Err *err);
 
+/* ---- the commands: a table in help.c, by which nla.c parses and from which the manual is made */
+
+typedef struct {
+    const char *name, *usage; /* usage: what follows the name; begins with the argument when that is a path or one of some words */
+    const char *summary, *details, *examples; /* details: a paragraph a line; examples: one a line */
+    int (*run)(const Settings *s, Err *err);
+    int least, most; /* arguments */
+    unsigned heeds;  /* which common options do something here, a bit each */
+    unsigned files;  /* what it reads and writes, a bit each (help.c) */
+    Option option[24];
+} Command;
+extern const Command commands[]; /* the last one's name is NULL, as of all tables of options */
+extern const Option common_options[];
+const Command *find_command(const char *name); /* NULL: there is none */
+bool is_first_word(const char *word);          /* of commands of two words: "data" alone is none */
+
+/* "Did you mean": the nearest of the names that it is shown, at most two letters apart. */
+typedef struct {
+    const char *given;
+    int apart;
+    char hint[96]; /* " (did you mean NAME?)", or "" */
+} Guess;
+void guess(Guess *g, const char *name);
+
 int run_capture(const Settings *s, Err *err);
 int run_data_extract(const Settings *s, Err *err);
 int run_data_merge(const Settings *s, Err *err);
@@ -1144,6 +1185,9 @@ int run_init(const Settings *s, Err *err);
 int run_verbalize(const Settings *s, Err *err);
 int run_reconstruct(const Settings *s, Err *err);
 int run_dump(const Settings *s, Err *err);
+int run_inspect(const Settings *s, Err *err);
+int run_tokenize(const Settings *s, Err *err);
+int run_generate(const Settings *s, Err *err);
 int run_explain(const Settings *s, Err *err);
 int run_eval(const Settings *s, Err *err);
 int run_train(const Settings *s, Err *err);

@@ -19,100 +19,85 @@
 
 /* ------------------------------------------------------------------------------------------------ settings */
 
-typedef enum { KEY_TEXT, KEY_COUNT, KEY_NUMBER, KEY_FLAG } KeyKind;
+enum { AV = 1 << STAGE_AV, AR = 1 << STAGE_AR, RL = 1 << STAGE_RL };
+#define SETTING(kind, field, value, stages, help) {stages, {#field, value, OPTION_##kind, offsetof(RunSettings, field), 0, 0, help}}
 
-typedef struct {
-    const char *name;
-    KeyKind kind;
-    size_t place;
-    const char *stages; /* of v (av), r (ar), l (rl) */
-    const char *help;
-} Key;
-
-#define KEY(field) offsetof(RunSettings, field)
-
-static const Key keys[] = {
-    {"out", KEY_TEXT, KEY(out), "vrl", "directory of the run: settings, metrics, checkpoints"},
-    {"av", KEY_TEXT, KEY(av), "vrl", "the AV to train, or to read with (ar: not used)"},
-    {"ar", KEY_TEXT, KEY(ar), "vrl", "the AR to train (av: only for FVE at evaluations)"},
-    {"data", KEY_TEXT, KEY(data), "vrl", "dataset of the rows to train on; av and ar need explanations in it"},
-    {"eval", KEY_TEXT, KEY(eval), "vrl", "dataset of held-out rows"},
-    {"steps", KEY_COUNT, KEY(steps), "vrl", "updates (default 100)"},
-    {"batch", KEY_COUNT, KEY(batch), "vr", "rows of a step (default 16)"},
-    {"vectors", KEY_COUNT, KEY(vectors), "l", "vectors of a step (default 8)"},
-    {"samples", KEY_COUNT, KEY(samples), "l", "texts drawn for each (default 8)"},
-    {"micro", KEY_COUNT, KEY(micro), "vrl", "rows, or rl's vectors, computed at a time (default 16, rl 4)"},
-    {"lr", KEY_NUMBER, KEY(lr), "vrl", "highest learning rate (default 2e-5; adapters 2e-4)"},
-    {"lr_final", KEY_NUMBER, KEY(lr_final), "vrl", "where the cosine ends (default lr / 10); equal to lr: constant"},
-    {"ar_lr", KEY_NUMBER, KEY(ar_lr), "l", "of the AR (default 5 lr)"},
-    {"warmup", KEY_COUNT, KEY(warmup), "vrl", "steps to the highest rate (default steps / 20)"},
-    {"clip", KEY_NUMBER, KEY(clip), "vrl", "largest norm of the gradient (default 1)"},
-    {"weight_decay", KEY_NUMBER, KEY(decay), "vrl", "AdamW's (default 0)"},
-    {"moments", KEY_TEXT, KEY(moments), "vrl", "f32, or bf16 rounded stochastically (default f32)"},
-    {"recompute", KEY_FLAG, KEY(recompute), "vrl", "run blocks twice instead of keeping what they computed"},
-    {"lora_rank", KEY_COUNT, KEY(lora_rank), "vrl", "train adapters of this rank (default 0: all weights)"},
-    {"lora_alpha", KEY_NUMBER, KEY(lora_alpha), "vrl", "their alpha (default rank)"},
-    {"lora_rslora", KEY_FLAG, KEY(lora_rslora), "vrl", "scale alpha / sqrt(rank) instead of alpha / rank"},
-    {"lora_modules", KEY_TEXT, KEY(lora_modules), "vrl", "on which of q,k,v,o,gate,up,down (default all)"},
-    {"max_tokens", KEY_COUNT, KEY(max_tokens), "vrl", "longest text drawn (default 150)"},
-    {"kl", KEY_NUMBER, KEY(kl), "l", "coefficient of the KL to the starting AV (default 0.01)"},
-    {"kl_estimator", KEY_COUNT, KEY(kl_estimator), "l", "3, 2 or 1 (default 3: k3)"},
-    {"clip_ratio", KEY_NUMBER, KEY(clip_ratio), "l", "of the policy's ratio (default 0.2)"},
-    {"updates", KEY_COUNT, KEY(updates), "l", "AV updates on one set of texts (default 1)"},
-    {"log_mse", KEY_FLAG, KEY(log_mse), "l", "reward -log(mse_nrm) instead of -mse_nrm"},
-    {"length_penalty", KEY_NUMBER, KEY(length_penalty), "l", "taken off the reward for each token (default 0)"},
-    {"freeze_ar", KEY_FLAG, KEY(freeze_ar), "l", "leave the AR as it is (a control: FVE then stays flat)"},
-    {"permute", KEY_FLAG, KEY(permute), "vrl", "train on vectors of other rows (the control that can only learn style)"},
-    {"eval_every", KEY_COUNT, KEY(eval_every), "vrl", "steps between evaluations (default steps / 10)"},
-    {"eval_rows", KEY_COUNT, KEY(eval_rows), "vrl", "held-out rows of one, spread over the set (default 64)"},
-    {"save_every", KEY_COUNT, KEY(save_every), "vrl", "steps between checkpoints (default steps / 10)"},
-    {"keep", KEY_COUNT, KEY(keep), "vrl", "latest checkpoints kept, beside the best (default 2)"},
-    {"seed", KEY_COUNT, KEY(seed), "vrl", "of everything random (default 0)"},
+const RunKey run_keys[] = {
+    SETTING(TEXT, out, "DIR", ALL_STAGES, "directory of the run: settings, metrics, checkpoints"),
+    SETTING(TEXT, av, "DIR", ALL_STAGES, "the AV to train, or to read with (ar: not used)"),
+    SETTING(TEXT, ar, "DIR", ALL_STAGES, "the AR to train (av: only for FVE at evaluations)"),
+    SETTING(TEXT, data, "DIR", ALL_STAGES, "dataset of the rows to train on; av and ar need explanations in it"),
+    SETTING(TEXT, eval, "DIR", ALL_STAGES, "dataset of held-out rows (default none: no evaluation); ar needs explanations in it"),
+    SETTING(COUNT, steps, "N", ALL_STAGES, "updates (default 100)"),
+    SETTING(COUNT, batch, "N", AV | AR, "rows of a step (default 16)"),
+    SETTING(COUNT, vectors, "N", RL, "vectors of a step (default 8)"),
+    SETTING(COUNT, samples, "N", RL, "texts drawn for each (default 8)"),
+    SETTING(COUNT, micro, "N", ALL_STAGES, "rows, or rl's vectors, computed at a time (default 16, rl 4)"),
+    SETTING(NUMBER, lr, "X", ALL_STAGES, "highest learning rate (default 2e-5; adapters 2e-4)"),
+    SETTING(NUMBER, lr_final, "X", ALL_STAGES, "where the cosine ends (default lr / 10); equal to lr: constant"),
+    SETTING(NUMBER, ar_lr, "X", RL, "of the AR (default 5 lr)"),
+    SETTING(COUNT, warmup, "N", ALL_STAGES, "steps to the highest rate (default steps / 20)"),
+    SETTING(NUMBER, clip, "X", ALL_STAGES, "largest norm of the gradient (default 1)"),
+    SETTING(NUMBER, weight_decay, "X", ALL_STAGES, "AdamW's (default 0)"),
+    SETTING(TEXT, moments, "f32|bf16", ALL_STAGES, "f32, or bf16 rounded stochastically (default f32)"),
+    SETTING(FLAG, recompute, "true|false", ALL_STAGES, "run blocks twice instead of keeping what they computed"),
+    SETTING(COUNT, lora_rank, "N", ALL_STAGES, "train adapters of this rank (default 0: all weights)"),
+    SETTING(NUMBER, lora_alpha, "X", ALL_STAGES, "their alpha (default rank)"),
+    SETTING(FLAG, lora_rslora, "true|false", ALL_STAGES, "scale alpha / sqrt(rank) instead of alpha / rank"),
+    SETTING(TEXT, lora_modules, "LIST", ALL_STAGES, "on which of q,k,v,o,gate,up,down (default all)"),
+    SETTING(COUNT, max_tokens, "N", ALL_STAGES, "longest text drawn (default 150)"),
+    SETTING(NUMBER, kl, "X", RL, "coefficient of the KL to the starting AV (default 0.01)"),
+    SETTING(COUNT, kl_estimator, "3|2|1", RL, "3, 2 or 1 (default 3: k3)"),
+    SETTING(NUMBER, clip_ratio, "X", RL, "of the policy's ratio (default 0.2)"),
+    SETTING(COUNT, updates, "N", RL, "AV updates on one set of texts (default 1)"),
+    SETTING(FLAG, log_mse, "true|false", RL, "reward -log(mse_nrm) instead of -mse_nrm"),
+    SETTING(NUMBER, length_penalty, "X", RL, "taken off the reward for each token (default 0)"),
+    SETTING(FLAG, freeze_ar, "true|false", RL, "leave the AR as it is (a control: FVE then stays flat)"),
+    SETTING(FLAG, permute, "true|false", ALL_STAGES, "train on vectors of other rows (the control that can only learn style)"),
+    SETTING(COUNT, eval_every, "N", ALL_STAGES, "steps between evaluations (default steps / 10)"),
+    SETTING(COUNT, eval_rows, "N", ALL_STAGES, "held-out rows of one, spread over the set (default 64)"),
+    SETTING(COUNT, save_every, "N", ALL_STAGES, "steps between checkpoints (default steps / 10)"),
+    SETTING(COUNT, keep, "N", ALL_STAGES, "latest checkpoints kept, beside the best (default 2)"),
+    SETTING(COUNT, seed, "N", ALL_STAGES, "of everything random (default 0)"),
+    {0},
 };
-enum { KEYS = sizeof keys / sizeof *keys };
+const char *const stage_names[] = {"av", "ar", "rl"};
 
-static const char *const stage_names[] = {"av", "ar", "rl"};
-static const char stage_letters[] = "vrl";
-
-static const Key *find_key(const char *name, size_t len, Stage stage, Err *err) {
+static const Option *find_key(const char *name, size_t len, Stage stage, Err *err) {
     char *given = xstrndup(name, len);
-    const Key *nearest = NULL, *found = NULL;
-    int least = 4;
-    for (int i = 0; i < KEYS; i++) {
-        if (!strchr(keys[i].stages, stage_letters[stage])) {
-            continue;
+    const Option *found = NULL;
+    Guess g = {.given = given};
+    for (const RunKey *k = run_keys; k->option.name && !found; k++) {
+        if (k->stages >> stage & 1) {
+            found = strcmp(k->option.name, given) == 0 ? &k->option : NULL;
+            guess(&g, k->option.name);
         }
-        int d = edit_distance(given, keys[i].name);
-        found = d == 0 ? &keys[i] : found;
-        nearest = d < least ? &keys[i] : nearest;
-        least = d < least ? d : least;
     }
     if (!found) {
-        fail(err, "train %s has no setting '%s'%s%s%s; see: nla help train", stage_names[stage], given, nearest ? " (did you mean " : "",
-             nearest ? nearest->name : "", nearest ? "?)" : "");
+        fail(err, "train %s has no setting '%s'%s; see: nla help train", stage_names[stage], given, g.hint);
     }
     free(given);
     return found;
 }
 
 /* Takes a copy of the text. */
-static int set_key(RunSettings *r, const Key *k, const char *text, const char *where, Err *err) {
+static int set_key(RunSettings *r, const Option *k, const char *text, const char *where, Err *err) {
     void *place = (char *)r + k->place;
     char *end = NULL;
     double n = strtod(text, &end);
     bool number = *text && !*end && isfinite(n);
-    if (k->kind == KEY_TEXT) {
+    if (k->kind == OPTION_TEXT) {
         free(*(char **)place);
         *(char **)place = xstrdup(text);
-    } else if (k->kind == KEY_FLAG) {
+    } else if (k->kind == OPTION_FLAG) {
         bool yes = strcmp(text, "true") == 0 || strcmp(text, "1") == 0, no = strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
         if (!yes && !no) {
             return fail(err, "%s: %s is true or false, not '%s'", where, k->name, text);
         }
         *(bool *)place = yes;
-    } else if (!number || n < 0 || (k->kind == KEY_COUNT && (n != floor(n) || n > 2e9))) {
-        return fail(err, "%s: %s is a %s, not '%s'", where, k->name, k->kind == KEY_COUNT ? "whole number" : "number from 0 on", text);
-    } else if (k->kind == KEY_COUNT) {
+    } else if (!number || n < 0 || (k->kind == OPTION_COUNT && (n != floor(n) || n > 2e9))) {
+        return fail(err, "%s: %s is a %s, not '%s'", where, k->name, k->kind == OPTION_COUNT ? "whole number" : "number from 0 on", text);
+    } else if (k->kind == OPTION_COUNT) {
         *(int *)place = (int)n;
     } else {
         *(double *)place = n;
@@ -127,7 +112,7 @@ static int read_config(RunSettings *r, Stage stage, const char *path, Err *err) 
         if (strcmp(y->key[i], "stage") == 0) { /* settings.yaml of a run says it */
             continue;
         }
-        const Key *k = find_key(y->key[i], strlen(y->key[i]), stage, err);
+        const Option *k = find_key(y->key[i], strlen(y->key[i]), stage, err);
         if (!k) {
             char message[sizeof err->msg];
             snprintf(message, sizeof message, "%s", err->msg);
@@ -190,7 +175,7 @@ int run_settings_read(RunSettings *r, Stage stage, const char *config, const cha
     int status = config ? read_config(r, stage, config, err) : 0;
     for (int i = 0; i < n && status == 0; i++) {
         const char *equals = strchr(given[i], '=');
-        const Key *k = equals ? find_key(given[i], (size_t)(equals - given[i]), stage, err) : NULL;
+        const Option *k = equals ? find_key(given[i], (size_t)(equals - given[i]), stage, err) : NULL;
         if (!equals) {
             status = fail(err, "'%s' is not a setting; they are written key=value", given[i]);
         } else {
@@ -205,9 +190,9 @@ int run_settings_read(RunSettings *r, Stage stage, const char *config, const cha
 }
 
 void run_settings_free(RunSettings *r) {
-    for (int i = 0; i < KEYS; i++) {
-        if (keys[i].kind == KEY_TEXT) {
-            free(*(char **)((char *)r + keys[i].place));
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        if (k->option.kind == OPTION_TEXT) {
+            free(*(char **)((char *)r + k->option.place));
         }
     }
     *r = (RunSettings){0};
@@ -216,35 +201,23 @@ void run_settings_free(RunSettings *r) {
 int run_settings_save(const RunSettings *r, Stage stage, const char *path, Err *err) {
     Yaml *y = yaml_new(YAML_MAP);
     yaml_set(y, "stage", stage_names[stage], false);
-    for (int i = 0; i < KEYS; i++) {
-        const void *place = (const char *)r + keys[i].place;
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        const Option *o = &k->option;
+        const void *place = (const char *)r + o->place;
         char text[64];
-        if (!strchr(keys[i].stages, stage_letters[stage]) || (keys[i].kind == KEY_TEXT && !*(char *const *)place)) {
+        if (!(k->stages >> stage & 1) || (o->kind == OPTION_TEXT && !*(char *const *)place)) {
             continue;
         }
-        if (keys[i].kind == KEY_TEXT) {
-            yaml_set(y, keys[i].name, *(char *const *)place, true);
+        if (o->kind == OPTION_TEXT) {
+            yaml_set(y, o->name, *(char *const *)place, true);
             continue;
         }
-        snprintf(text, sizeof text, "%.17g", keys[i].kind == KEY_NUMBER ? *(const double *)place : keys[i].kind == KEY_COUNT ? *(const int *)place : 0);
-        yaml_set(y, keys[i].name, keys[i].kind == KEY_FLAG ? (*(const bool *)place ? "true" : "false") : text, false);
+        snprintf(text, sizeof text, "%.17g", o->kind == OPTION_NUMBER ? *(const double *)place : o->kind == OPTION_COUNT ? *(const int *)place : 0);
+        yaml_set(y, o->name, o->kind == OPTION_FLAG ? (*(const bool *)place ? "true" : "false") : text, false);
     }
     int status = yaml_save(y, path, err);
     yaml_free(y);
     return status;
-}
-
-void run_settings_help(FILE *out) {
-    fputs("\nsettings (in the config file, or key=value on the command line); av, ar, rl: the stages that have them\n\n", out);
-    for (int i = 0; i < KEYS; i++) {
-        char stages[16] = "";
-        for (int j = 0; j < 3; j++) {
-            if (strchr(keys[i].stages, stage_letters[j])) {
-                snprintf(stages + strlen(stages), sizeof stages - strlen(stages), "%s%s", *stages ? " " : "", stage_names[j]);
-            }
-        }
-        fprintf(out, "  %-16s %-9s %s\n", keys[i].name, stages, keys[i].help);
-    }
 }
 
 /* ------------------------------------------------------------------------------------------------ opening */
@@ -258,7 +231,7 @@ static void ask_stop(int signal_number) {
 
 /* `times`: updates of these parameters in a step. */
 static Schedule schedule_of(const RunSettings *s, double peak, int times) {
-    return (Schedule){.adamw = {0.9f, 0.95f, 1e-8f, (float)s->decay}, .peak = peak, .final = s->lr_final * peak / s->lr,
+    return (Schedule){.adamw = {0.9f, 0.95f, 1e-8f, (float)s->weight_decay}, .peak = peak, .final = s->lr_final * peak / s->lr,
                       .warmup = s->warmup * times, .total = s->lr_final == s->lr ? 0 : s->steps * times, .clip = s->clip,
                       .seed = (uint64_t)s->seed};
 }
@@ -1264,6 +1237,9 @@ int run_train(const Settings *s, Err *err) {
         return fail(err, "train takes av, ar or rl, not '%s'", name);
     }
     r.stage = (Stage)stage;
+    if (s->seed) {
+        return fail(err, "train takes its seed as a setting: seed=%lld, not --seed", (long long)s->seed);
+    }
     for (int i = 1; s->resume && !config && i < (int)arrlen(s->argument); i++) {
         if (strncmp(s->argument[i], "out=", 4) == 0) { /* a run that goes on needs no settings but its own */
             saved = xprintf("%s/settings.yaml", s->argument[i] + 4);

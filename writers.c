@@ -486,12 +486,17 @@ static int write_by_model(Writing *w, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ a model behind an API */
 
-/* data/explain_api.py beside the program; to be freed. */
+/* data/explain_api.py beside the program, or where build.sh installs it; to be freed. */
 static char *api_script(void) {
     char self[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     char *slash = n > 0 ? (self[n] = '\0', strrchr(self, '/')) : NULL;
-    return slash ? xprintf("%.*s/data/explain_api.py", (int)(slash - self), self) : xstrdup("data/explain_api.py");
+    int len = slash ? (int)(slash - self) : 0;
+    char *beside = slash ? xprintf("%.*s/data/explain_api.py", len, self) : xstrdup("data/explain_api.py");
+    char *installed = xprintf("%.*s/../share/nla/explain_api.py", len, self);
+    bool there = access(beside, R_OK) != 0 && access(installed, R_OK) == 0;
+    free(there ? beside : installed);
+    return there ? installed : beside;
 }
 
 /* Runs the script, whose own options are the words behind "--"; it asks, retries, keeps what was paid for and leaves its replies in

@@ -86,7 +86,7 @@ evaluate() { # evaluate NAME AV AR
         --max-tokens 150 --html "$dir/$1.html"
 }
 
-mkdir -p "$dir/rows"
+mkdir -p "$dir/rows" "$dir/start" "$dir/pair"
 stage "model" "$model/model.safetensors" python3 data/get_model.py "$MODEL" "$model"
 stage "corpus" "$dir/corpus/corpus.jsonl" data/corpus.sh "$dir/corpus"
 stage "activations" "$dir/base/nla_meta.yaml" extract
