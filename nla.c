@@ -47,7 +47,7 @@ typedef struct {
     const char *name, *usage, *summary, *details;
     int (*run)(const Settings *s, Err *err);
     int least, most; /* arguments */
-    Option option[20];
+    Option option[24];
 } Command;
 
 static const Command *find_command(const char *name);
@@ -422,7 +422,7 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
         for (int i = 0; i < (int)arrlen(m.files.tensor); i++) {
             weights += m.files.tensor[i].bytes;
         }
-        size_t forest = forest_bytes(c, engine->act_dtype, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
+        size_t forest = forest_bytes(&m, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
                                                                           (size_t)c->n_layers * sizeof(float);
         if (s->json) {
             printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
@@ -841,20 +841,32 @@ static const Command commands[] = {
      run_dump, 0, 1, {MODEL_OPTION, CHAT_OPTIONS, {"out", "FILE", TEXT, AT(out), 0, 0, "the safetensors file to write"},
      {"ids", "LIST", TEXT, AT(ids), 0, 0, "token ids instead of TEXT, such as 1,22,333"},
      {"only", "NAME", TEXT, AT(only), 0, 0, "keep only tensors whose name contains NAME"}}},
-    {"bench", "bench [linear|load|forward|decode|verbalize|all] [--model DIR]", "speed, op by op and end to end",
-     "linear: one matrix product, --shape ROWS,IN,OUT (needs no model). load: files to first use. forward: 2,048 packed tokens in\n"
-     "documents of --max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens. verbalize: --samples of\n"
-     "each of --rows vectors over the forest, then each sample alone with its whole prompt; the texts must be the same.",
-     run_bench, 0, 1, {MODEL_OPTION, SAMPLING_OPTIONS,
-     {"av", "DIR", TEXT, AT(av), 0, 0, "the AV that verbalize reads with"},
-     {"acts", "DIR", TEXT, AT(acts), 0, 0, "the vectors that it reads"},
-     {"rows", "N", COUNT, AT(rows), 1, 4096, "use the first N of them (default: 64)"},
-     {"sidecar", "FILE", TEXT, AT(sidecar), 0, 0, "another nla_meta.yaml than the AV's own"},
-     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "another length of the injected vector than the sidecar's"},
-     {"samples", "N", COUNT, AT(samples), 1, 4096, "rows decoded together"},
-     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "length of the packed documents (default: 2048)"},
-     {"shape", "ROWS,IN,OUT", TEXT, AT(shape), 0, 0, "of the matrix product"},
-     {"repeat", "N", COUNT, AT(repeat), 1, 1e6, "measurements; the median is shown (default: 5)"}}},
+    {"bench", "bench --ops|--e2e --shape NAME [WORD ...] | bench [linear|load|forward|decode|verbalize|all] [--model DIR]",
+     "speed, op by op and end to end",
+     "--ops: what the machine can do (one copy, one large product), then every op of the engine at the sizes of a model, as a decoding\n"
+     "step and a training pass call it: time, least bytes or operations, rate, share of the ceiling, floor. WORDs: only ops with them in\n"
+     "their names. --e2e: whole steps of that shape with random weights made in memory: av and ar (training), decode, explain, rl (with\n"
+     "its phases); rows and tokens a second, floor, peak memory against the plan. WORDs: which of those, and settings of nla train as\n"
+     "key=value (defaults here: batch=256 vectors=64 samples=8 max_tokens=150 micro=16, rl 4).\n"
+     "NAME: qwen2.5-7b, qwen3-8b, gemma-3-12b, gemma-3-27b, llama-3.3-70b, smollm2-135m, gemma-3-270m, or a model's directory (./DIR).\n\n"
+     "Without either: linear: one matrix product, --shape ROWS,IN,OUT (needs no model). load: files to first use. forward: 2,048 packed\n"
+     "tokens in documents of --max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens. verbalize:\n"
+     "--samples of each of --rows vectors over the forest, then each sample alone with its whole prompt; the texts must be the same.",
+     run_bench, 0, 100, {{"ops", NULL, FLAG, AT(ops), 0, 0, "every op at the sizes of --shape"},
+     {"e2e", NULL, FLAG, AT(e2e), 0, 0, "whole steps at the sizes of --shape"},
+     {"shape", "NAME", TEXT, AT(shape), 0, 0, "of the model; for linear ROWS,IN,OUT"},
+     {"repeat", "N", COUNT, AT(repeat), 1, 1e6, "measurements after one to warm up; the median is shown (default: 5)"},
+     {"rows", "N", COUNT, AT(rows), 1, 65536, "ops: rows of the training pass (default: 2048); verbalize: vectors (default: 64)"},
+     {"batch", "N", COUNT, AT(batch), 1, 65536, "ops: rows of the decoding step (default: 32)"},
+     {"prompt-tokens", "N", COUNT, AT(prompt_tokens), 32, 100000, "e2e: of the AV's prompt (default: 125)"},
+     {"av-tokens", "N", COUNT, AT(av_tokens), 1, 100000, "e2e: of an AV's training row, prompt and response (default: 247)"},
+     {"ar-tokens", "N", COUNT, AT(ar_tokens), 1, 100000, "e2e: of an AR's training row (default: 126)"},
+     {"text-tokens", "N", COUNT, AT(text_tokens), 1, 100000, "e2e: of the text that is explained (default: 200)"}, MODEL_OPTION, SAMPLING_OPTIONS,
+     {"av", "DIR", TEXT, AT(av), 0, 0, "verbalize: the AV"}, {"acts", "DIR", TEXT, AT(acts), 0, 0, "verbalize: the vectors that it reads"},
+     {"sidecar", "FILE", TEXT, AT(sidecar), 0, 0, "verbalize: another nla_meta.yaml than the AV's own"},
+     {"injection-scale", "N", NUMBER, AT(injection_scale), 0, 1e30, "verbalize: another length of the injected vector than the sidecar's"},
+     {"samples", "N", COUNT, AT(samples), 1, 4096, "decode, verbalize: rows decoded together"},
+     {"max-length", "N", COUNT, AT(max_length), 1, 1e6, "forward: length of the packed documents (default: 2048)"}}},
     {"help", "help [COMMAND]", "what there is, or all about one command", "", run_help, 0, 2, {{0}}},
     {0},
 };
@@ -952,7 +964,8 @@ static const Command *command_of(Settings *s, int argc, char **argv, int *words,
 int nla_main(int argc, char **argv) {
     Err err = {0};
     Settings s = {.positions = "all", .positions_per_doc = 10, .min_context = 50, .parts = "av_sft:25,ar_sft:25,rl:50,held:4", .samples = 1,
-                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15};
+                  .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15,
+                  .prompt_tokens = 125, .av_tokens = 247, .ar_tokens = 126, .text_tokens = 200};
     int words = 1, status = 2;
     const Command *c = command_of(&s, argc, argv, &words, &err);
     for (int i = 1 + words; c && i < argc; i++) { /* nla COMMAND --help */
