@@ -374,7 +374,7 @@ static void print_phases(const Bench *b, Phases *p, const Plan *plan) {
         json_number(stdout, "peak_process", peak);
         fputs("}\n", stdout);
     } else {
-        printf("  %-34s %10.3f s; %.2f rows/s, %.0f tokens/s; floor %.3f s, %.0f%%\n", "all", all, p->rows / all, p->tokens / all, least,
+        printf("  %-34s %10.3f s; %.2f rows/s, %.1f tokens/s; floor %.3f s, %.0f%%\n", "all", all, p->rows / all, p->tokens / all, least,
                100 * least / all);
         printf("  memory of the engine: planned %.3f GB, at the most %.3f GB (%+.1f%%); process %.3f GB\n", plan->engine * 1e-9, held * 1e-9,
                100 * (held / plan->engine - 1), peak * 1e-9);
