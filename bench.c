@@ -352,7 +352,23 @@ static int bench_load(const Settings *s, Engine *e, Err *err) {
     return status;
 }
 
+static int bench_table(const Settings *s, Err *err) {
+    Engine *e = NULL;
+    int status = open_engine(&e, s, err);
+    status = status == 0 ? bench_ops(s, e, err) : -1;
+    if (e) {
+        e->close(e);
+    }
+    return status;
+}
+
 int run_bench(const Settings *s, Err *err) {
+    if (s->ops || s->e2e) {
+        return s->ops && s->e2e ? fail(err, "--ops and --e2e are two benches; ask for one") : s->ops ? bench_table(s, err) : bench_e2e(s, err);
+    }
+    if (arrlen(s->argument) > 1) {
+        return fail(err, "bench measures one thing at a time; '%s' is one too many", s->argument[1]);
+    }
     const char *what = arrlen(s->argument) ? s->argument[0] : "all";
     bool all = strcmp(what, "all") == 0;
     const char *const parts[] = {"linear", "load", "forward", "decode", "verbalize"};

@@ -18,15 +18,62 @@
 
 /* ------------------------------------------------------------------------------------------------ memory */
 
+enum { HEAD = 64 }; /* bytes before a piece of memory, which hold its size */
+
 static Act *cpu_alloc(Engine *e, DType dtype, size_t count) {
-    (void)e;
-    size_t size = dtype_size(dtype);
-    return count > SIZE_MAX / sizeof(float) - 64 ? NULL : aligned_floats((count * size + sizeof(float) - 1) / sizeof(float));
+    size_t size = dtype_size(dtype), bytes = count * size;
+    char *p = count > SIZE_MAX / sizeof(float) - 64 ? NULL : (char *)aligned_floats((bytes + HEAD + sizeof(float) - 1) / sizeof(float));
+    if (!p) {
+        return NULL;
+    }
+    memcpy(p, &bytes, sizeof bytes);
+    memory_count(e->memory, MEMORY_GIVEN, bytes, 0);
+    return p + HEAD;
 }
 
 static void cpu_free(Engine *e, void *memory) {
+    if (memory) {
+        char *p = (char *)memory - HEAD;
+        size_t bytes;
+        memcpy(&bytes, p, sizeof bytes);
+        memory_count(e->memory, MEMORY_GIVEN, 0, bytes);
+        free(p);
+    }
+}
+
+static void cpu_copy(Engine *e, void *out, const void *x, size_t bytes) {
+    size_t part = (bytes / (size_t)e->threads + 64) / 64 * 64;
+#pragma omp parallel for num_threads(e->threads) schedule(static)
+    for (int t = 0; t < e->threads; t++) {
+        size_t from = (size_t)t * part;
+        if (from < bytes) {
+            memcpy((char *)out + from, (const char *)x + from, bytes - from < part ? bytes - from : part);
+        }
+    }
+}
+
+static size_t cpu_available(Engine *e) {
     (void)e;
-    free(memory);
+    return host_available();
+}
+
+/* Weights are used where they are, and working memory is small. */
+static size_t cpu_copy_bytes(Engine *e, const Tensor *t, int n, bool owned, bool precise) {
+    (void)e, (void)t, (void)n, (void)owned, (void)precise;
+    return 0;
+}
+
+static size_t cpu_work_bytes(Engine *e, const Config *c, int rows, bool training) {
+    (void)e, (void)c, (void)rows, (void)training;
+    return 0;
+}
+
+static void cpu_start(Engine *e) {
+    ((Cpu *)e->scratch)->started = omp_get_wtime();
+}
+
+static double cpu_stop(Engine *e) {
+    return omp_get_wtime() - ((Cpu *)e->scratch)->started;
 }
 
 static void cpu_read(Engine *e, float *host, const Act *x, size_t offset, size_t count) {
@@ -807,6 +854,13 @@ Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err) {
         .forget = cpu_forget,
         .check = cpu_check,
         .close = cpu_close,
+        .start = cpu_start,
+        .stop = cpu_stop,
+        .copy = cpu_copy,
+        .available = cpu_available,
+        .memory = &cpu->memory,
+        .copy_bytes = cpu_copy_bytes,
+        .work_bytes = cpu_work_bytes,
         .embed = cpu_embed,
         .rmsnorm = cpu_rmsnorm,
         .linear = cpu_linear,

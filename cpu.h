@@ -153,6 +153,8 @@ typedef struct {
     Scratch *thread;
     AttentionItem *item;
     size_t item_room;
+    double started;
+    MemoryUse memory;
 } Cpu;
 
 static inline float *aligned_floats(size_t count) {

@@ -286,21 +286,36 @@ const Command commands[] = {
      {MODEL_OPTION, CHAT_OPTIONS, TEXT("out", out, "FILE", "the safetensors file to write"), IDS_OPTION,
       TEXT("only", only, "NAME", "keep only tensors whose name contains NAME")}},
 
-    {"bench", "[linear|load|forward|decode|verbalize|all] [--model DIR]", "speed, op by op and end to end",
-     "linear: one matrix product of --shape (no model needed). load: files to first use. forward: 2,048 packed tokens in documents of "
-     "--max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens. verbalize (--av, --acts): --samples of "
-     "each of --rows vectors over the forest, then each sample alone with its whole prompt; the texts must be the same. all, the "
-     "default: load, forward and decode. Prints a line each: median of the times in ms, least and most, work a second (--json: name, "
+    {"bench", "[linear|load|forward|decode|verbalize|all] | --ops|--e2e --shape NAME [WORD...]", "speed, op by op and end to end",
+     "--ops: what the machine can do (one copy, one large product), then every op of the engine at the sizes of a model, as a decoding "
+     "step and a training pass call it: time, least bytes or operations, rate, share of the ceiling, floor. WORDs: only ops with them in "
+     "their names.\n"
+     "--e2e: whole steps of that shape with random weights made in memory: av and ar (training), decode, explain, rl (with its phases); "
+     "rows and tokens a second, floor, peak memory against the plan. WORDs: which of those, and settings of nla train as key=value "
+     "(defaults here: batch=256 vectors=64 samples=8 max_tokens=150 micro=16, rl 4).\n"
+     "NAME: qwen2.5-7b, qwen3-8b, gemma-3-12b, gemma-3-27b, llama-3.3-70b, smollm2-135m, gemma-3-270m, or a model's directory (./DIR).\n"
+     "Without either: linear: one matrix product of --shape (no model needed). load: files to first use. forward: 2,048 packed tokens in "
+     "documents of --max-length. decode: --samples replies of --max-tokens to one prompt of 100 random tokens. verbalize (--av, --acts): "
+     "--samples of each of --rows vectors over the forest, then each sample alone with its whole prompt; the texts must be the same. all, "
+     "the default: load, forward and decode. Prints a line each: median of the times in ms, least and most, work a second (--json: name, "
      "median_s, min_s, max_s, rate, unit).",
      "nla bench linear --shape 512,576,1536\n"
-     "nla bench decode --model models/smollm2 --samples 8 --max-tokens 64",
-     run_bench, 0, 1, ENGINE | SEED | JSON | QUIET, MODEL_DIR | PAIR | DATASET,
-     {MODEL_OPTION, SAMPLING_OPTIONS, TEXT("av", av, "DIR", "the AV that verbalize reads with"),
-      TEXT("acts", acts, "DIR", "the dataset, or .safetensors file, that it reads"),
-      COUNT("rows", rows, 1, 4096, "use the first N of its rows (default: 64)"), SIDECAR_OPTION, SCALE_OPTION,
-      COUNT("samples", samples, 1, 4096, "texts decoded together, or of each vector (default: 1)"),
-      COUNT("max-length", max_length, 1, 1e6, "length of the packed documents, in tokens (default: 2048)"),
-      TEXT("shape", shape, "ROWS,IN,OUT", "of the matrix product"), COUNT("repeat", repeat, 1, 1e6, "measurements (default: 5)")}},
+     "nla bench decode --model models/smollm2 --samples 8 --max-tokens 64\n"
+     "nla bench --ops --shape ./models/smollm2 --repeat 1 attention\n"
+     "nla bench --e2e --shape ./models/smollm2 --av-tokens 140 ar batch=2 lora_rank=4",
+     run_bench, 0, 100, ENGINE | SEED | JSON | QUIET, MODEL_DIR | PAIR | DATASET,
+     {FLAG("ops", ops, "every op at the sizes of --shape"), FLAG("e2e", e2e, "whole steps at the sizes of --shape"),
+      TEXT("shape", shape, "NAME", "of the model; for linear ROWS,IN,OUT"),
+      COUNT("repeat", repeat, 1, 1e6, "measurements after one to warm up (default: 5)"),
+      COUNT("rows", rows, 1, 65536, "ops: rows of the training pass (default: 2048); verbalize: vectors (default: 64)"),
+      COUNT("batch", batch, 1, 65536, "ops: rows of the decoding step (default: 32)"),
+      COUNT("prompt-tokens", prompt_tokens, 32, 100000, "e2e: of the AV's prompt (default: 125)"),
+      COUNT("av-tokens", av_tokens, 1, 100000, "e2e: of an AV's training row, prompt and response (default: 247)"),
+      COUNT("ar-tokens", ar_tokens, 1, 100000, "e2e: of an AR's training row (default: 126)"),
+      COUNT("text-tokens", text_tokens, 1, 100000, "e2e: of the text that is explained (default: 200)"), MODEL_OPTION, SAMPLING_OPTIONS,
+      TEXT("av", av, "DIR", "verbalize: the AV"), TEXT("acts", acts, "DIR", "verbalize: the dataset, or .safetensors file, that it reads"),
+      SIDECAR_OPTION, SCALE_OPTION, COUNT("samples", samples, 1, 4096, "decode, verbalize: texts decoded together, or of each vector (default: 1)"),
+      COUNT("max-length", max_length, 1, 1e6, "forward: length of the packed documents, in tokens (default: 2048)")}},
 
     {"help", "[COMMAND]", "what there is, or all about one command",
      "Without COMMAND lists the commands, with the first word of some (data) those.",

@@ -120,6 +120,7 @@ struct Piece { /* memory that alloc gave */
 struct Copy {
     const void *source[3];
     void *data;
+    size_t bytes;
     bool stale; /* the source has changed since: engine memory that adamw or write changed */
 };
 
@@ -148,6 +149,8 @@ struct Cuda {
     uint64_t stagings;
     void *work[WORK_SLOTS];
     size_t work_room[WORK_SLOTS];
+    MemoryUse memory;
+    cudaEvent_t from, to; /* of a measurement */
     size_t shared_limit; /* bytes of shared memory that a block can have */
     void *plans; /* of matrix products: cuBLASLt's */
     char name[300];
@@ -252,6 +255,7 @@ static void touch_copies(Cuda *c, const void *from, size_t bytes, bool drop) {
         it->second.stale = it->second.stale || inside;
         if (inside && drop) {
             cudaFree(it->second.data);
+            memory_count(&c->memory, MEMORY_COPIES, 0, it->second.bytes);
             it = c->copy.erase(it);
         } else {
             ++it;
@@ -265,6 +269,7 @@ static Act *cuda_alloc(Engine *e, DType dtype, size_t count) {
     char *p = count > SIZE_MAX / 8 ? NULL : (char *)device_memory(count * size);
     if (p) {
         c->piece[p] = Piece{count > 0 ? count * size : 1, dtype};
+        memory_count(&c->memory, MEMORY_GIVEN, c->piece[p].bytes, 0);
     }
     return p;
 }
@@ -274,6 +279,7 @@ static void cuda_free(Engine *e, void *memory) {
     auto it = c->piece.find((const char *)memory);
     if (it != c->piece.end()) {
         touch_copies(c, memory, it->second.bytes, true);
+        memory_count(&c->memory, MEMORY_GIVEN, 0, it->second.bytes);
         c->piece.erase(it);
         cudaFree(memory);
     }
@@ -283,8 +289,10 @@ static void cuda_free(Engine *e, void *memory) {
 static void *work(Cuda *c, Slot slot, size_t bytes) {
     if (bytes > c->work_room[slot]) {
         cudaFree(c->work[slot]); /* waits for what still uses it */
+        memory_count(&c->memory, MEMORY_WORK, 0, c->work_room[slot]);
         c->work[slot] = device_memory(bytes);
         c->work_room[slot] = c->work[slot] ? bytes : 0;
+        memory_count(&c->memory, MEMORY_WORK, c->work_room[slot], 0);
         if (!c->work[slot]) {
             set_failed(c, "GPU: no memory for %.3f GB of working space; use smaller batches", (double)bytes / 1e9);
         }
@@ -322,12 +330,14 @@ template <typename S> static const S *stage(Cuda *c, const S *host, size_t count
     }
     if (bytes > place->room) {
         cudaFree(place->device);
+        memory_count(&c->memory, MEMORY_WORK, 0, place->room);
         place->room = 2 * bytes;
         place->device = device_memory(place->room);
         if (!place->device) {
             set_failed(c, "GPU: no memory for an array of %zu bytes", place->room);
             place->room = 0;
         }
+        memory_count(&c->memory, MEMORY_WORK, place->room, 0);
     }
     place->host = host;
     place->content.assign((const char *)host, (const char *)host + bytes);
@@ -407,6 +417,37 @@ static void cuda_zero(Engine *e, void *x, size_t bytes) {
     }
 }
 
+/* ---- measuring */
+
+static void cuda_copy(Engine *e, void *out, const void *x, size_t bytes) {
+    Cuda *c = cuda_of(e);
+    if (!c->failed[0]) {
+        good(c, cudaMemcpyAsync(out, x, bytes, cudaMemcpyDeviceToDevice, c->stream), "copy on the device");
+    }
+}
+
+static size_t cuda_available(Engine *e) {
+    size_t available = 0, total = 0;
+    (void)e;
+    return cudaMemGetInfo(&available, &total) == cudaSuccess ? available : 0;
+}
+
+static void cuda_start(Engine *e) {
+    Cuda *c = cuda_of(e);
+    if (!c->failed[0]) {
+        good(c, cudaEventRecord(c->from, c->stream), "start of a measurement");
+    }
+}
+
+static double cuda_stop(Engine *e) {
+    Cuda *c = cuda_of(e);
+    float milliseconds = 0;
+    bool measured = !c->failed[0] && good(c, cudaEventRecord(c->to, c->stream), "end of a measurement") &&
+                    good(c, cudaEventSynchronize(c->to), "wait for the device") &&
+                    good(c, cudaEventElapsedTime(&milliseconds, c->from, c->to), "measurement");
+    return measured ? (double)milliseconds * 1e-3 : NAN;
+}
+
 /* ---- working copies of weights */
 
 /* out[i] = in[i] in another number format. Grid: 1024 numbers a block. Bound: memory, sizeof(S) + sizeof(T) bytes a number. */
@@ -469,7 +510,7 @@ template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int
     }
     auto it = c->copy.find(CopyKey{first, count});
     if (it == c->copy.end()) {
-        Copy made = {{NULL, NULL, NULL}, device_memory(count * sizeof(T)), true};
+        Copy made = {{NULL, NULL, NULL}, device_memory(count * sizeof(T)), count * sizeof(T), true};
         if (!made.data) {
             set_failed(c, "GPU: no memory for the weights; use adapters, a smaller model or smaller batches");
             return NULL;
@@ -478,6 +519,7 @@ template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int
             made.source[i] = t[i].data;
         }
         it = c->copy.insert({CopyKey{first, count}, made}).first;
+        memory_count(&c->memory, MEMORY_COPIES, made.bytes, 0);
     }
     if (it->second.stale) {
         T *out = (T *)it->second.data;
@@ -2136,6 +2178,37 @@ static void cuda_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType 
     touch_copies(c, w, count * sizeof(float), false);
 }
 
+/* ------------------------------------------------------------------------------------------------ what it will take (--plan) */
+
+/* As working_copy: a weight in the right format that is engine memory already is used where it is. */
+static size_t cuda_copy_bytes(Engine *e, const Tensor *t, int n, bool owned, bool precise) {
+    size_t count = 0, size = precise || e->act_dtype == DT_F32 ? sizeof(float) : sizeof(bf16);
+    bool any = false;
+    for (int i = 0; i < n; i++) {
+        any = any || t[i].data;
+        count += tensor_elements(&t[i]);
+    }
+    return !any || (n == 1 && owned && size == sizeof(float)) ? 0 : count * size;
+}
+
+/* The slots of `work` at their largest, and small host arrays on their way. */
+static size_t cuda_work_bytes(Engine *e, const Config *c, int rows, bool training) {
+    size_t N = (size_t)rows, V = (size_t)c->vocab_size, D = (size_t)c->hidden_size, H = (size_t)c->n_heads, G = (size_t)c->n_kv_heads;
+    size_t most = LOGIT_ROWS, logits = (N < most ? N : most) * V * sizeof(bf16), upload = V * D * sizeof(bf16);
+    size_t bytes = N * 8 * sizeof(int); /* tokens, positions, places, targets: staged with room to spare */
+#ifndef NLA_SHIM
+    bytes += GEMM_WORKSPACE;
+#endif
+    bytes += e->act_dtype == DT_F32 ? (upload < UPLOAD ? upload : (size_t)UPLOAD) : training ? logits : 0;
+    if (training) {
+        size_t chunk = (N + MOST_CHUNKS - 1) / MOST_CHUNKS, least = LEAST_CHUNK;
+        chunk = chunk > least ? chunk : least; /* as sum_columns */
+        size_t columns = c->qkv_bias && H * (size_t)c->head_dim > D ? H * (size_t)c->head_dim : D;
+        bytes += (N + chunk - 1) / chunk * columns * sizeof(float) + N * (H + G) * sizeof(float);
+    }
+    return bytes;
+}
+
 /* ------------------------------------------------------------------------------------------------ the table */
 
 template <typename T> static void fill_table(Engine *e) {
@@ -2175,6 +2248,8 @@ static void cuda_close(Engine *e) {
         cudaFree(p);
     }
     gemm_close(c);
+    cudaEventDestroy(c->from);
+    cudaEventDestroy(c->to);
     cudaStreamDestroy(c->stream);
     delete c;
     free(e);
@@ -2196,6 +2271,8 @@ static bool open_device(Cuda *c, DType act, Err *err) {
     status = status == cudaSuccess && n > 0 ? cudaGetDeviceProperties(&about, 0) : status;
     status = status == cudaSuccess && n > 0 ? cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) : status;
     status = status == cudaSuccess && n > 0 ? cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking) : status;
+    status = status == cudaSuccess && n > 0 ? cudaEventCreate(&c->from) : status;
+    status = status == cudaSuccess && n > 0 ? cudaEventCreate(&c->to) : status;
     if (status != cudaSuccess || n == 0) {
         const char *why = n == 0 && status == cudaSuccess               ? "there is no GPU"
                           : status == (cudaError_t)cudaErrorInsufficientDriver ? "there is no NVIDIA driver, or it is too old for this build"
@@ -2230,6 +2307,13 @@ Engine *engine_open_cuda(DType act, Err *err) {
     e->forget = cuda_forget;
     e->check = cuda_check;
     e->close = cuda_close;
+    e->start = cuda_start;
+    e->stop = cuda_stop;
+    e->copy = cuda_copy;
+    e->available = cuda_available;
+    e->memory = &c->memory;
+    e->copy_bytes = cuda_copy_bytes;
+    e->work_bytes = cuda_work_bytes;
     e->sample = cuda_sample;
     e->zero = cuda_zero;
     e->token_logprob = cuda_token_logprob;

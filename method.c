@@ -226,13 +226,23 @@ void verbalizer_close(Verbalizer *v) {
     *v = (Verbalizer){0};
 }
 
+/* Rows of the cache, and the most of one pass. */
+static int decoding_rows(const Verbalizer *v, int vectors, int samples, int max_tokens, int *work) {
+    int tail = (int)arrlen(v->prompt) - v->marker_at, rows = v->marker_at + CACHE_ALIGN;
+    *work = vectors * (samples > tail ? samples : tail);
+    *work = *work > v->marker_at ? *work : v->marker_at;
+    return rows + vectors * (tail + CACHE_ALIGN + samples * (max_tokens + CACHE_ALIGN));
+}
+
+size_t verbalizer_bytes(const Verbalizer *v, int vectors, int samples, int max_tokens) {
+    int work, rows = decoding_rows(v, vectors, samples, max_tokens, &work);
+    return forest_bytes(&v->model, v->model.config.n_layers, rows, work, FORWARD);
+}
+
 /* The forest, with the prompt up to the marker in it: it never depends on the vector, so it is computed once for all. */
 static int prepare(Verbalizer *v, int vectors, int samples, int max_tokens, Err *err) {
     Forest *f = &v->forest;
-    int tail = (int)arrlen(v->prompt) - v->marker_at, rows = v->marker_at + CACHE_ALIGN;
-    rows += vectors * (tail + CACHE_ALIGN + samples * (max_tokens + CACHE_ALIGN));
-    int work = vectors * (samples > tail ? samples : tail);
-    work = work > v->marker_at ? work : v->marker_at;
+    int work, rows = decoding_rows(v, vectors, samples, max_tokens, &work);
     if (f->cache_rows < rows || f->max_rows < work) {
         forest_close(f);
         if (forest_open(f, &v->model, v->model.config.n_layers, rows, work, FORWARD, err) != 0) {
@@ -391,6 +401,12 @@ static void keep_last(void *context, Engine *e, const char *module, int layer, c
 }
 
 enum { AR_ROWS = 2048, AR_TEXTS = 256 }; /* tokens and texts of one forward pass */
+
+size_t reconstructor_bytes(const Reconstructor *r) {
+    size_t width = (size_t)AR_TEXTS * (size_t)r->model.config.hidden_size;
+    return 2 * width * dtype_size(r->model.engine->act_dtype) +
+           forest_bytes(&r->model, r->model.config.n_layers, (int)arrlen(r->start) + AR_ROWS + CACHE_ALIGN * (AR_TEXTS + 1), AR_ROWS, FORWARD);
+}
 
 /* Room for a pass of `longest` tokens or more, with the template's start in the cache. */
 static int ar_prepare(Reconstructor *r, int longest, Err *err) {

@@ -358,12 +358,36 @@ void config_free(Config *c) {
     *c = (Config){0};
 }
 
-/* ------------------------------------------------------------------------------------------------ the CPU engine's builds */
+/* ------------------------------------------------------------------------------------------------ engines */
 
 Engine *cpu_engine_any(int threads, bool bf16_dot, Err *err);
 Engine *cpu_engine_avx2(int threads, bool bf16_dot, Err *err);
 Engine *cpu_engine_avx512(int threads, bool bf16_dot, Err *err);
 Engine *cpu_engine_avx512bf16(int threads, bool bf16_dot, Err *err);
+
+void memory_count(MemoryUse *m, MemoryKind kind, size_t more, size_t less) {
+    size_t all = 0;
+    m->now[kind] += more;
+    m->now[kind] -= less;
+    m->peak[kind] = m->now[kind] > m->peak[kind] ? m->now[kind] : m->peak[kind];
+    for (int i = 0; i < MEMORY_KINDS; i++) {
+        all += m->now[i];
+    }
+    m->most = all > m->most ? all : m->most;
+}
+
+size_t host_available(void) {
+    FILE *in = fopen("/proc/meminfo", "r");
+    char line[256];
+    double kilobytes = 0;
+    while (in && fgets(line, sizeof line, in)) {
+        (void)sscanf(line, "MemAvailable: %lf", &kilobytes);
+    }
+    if (in) {
+        fclose(in);
+    }
+    return (size_t)kilobytes * 1024;
+}
 
 Engine *engine_open(int threads, bool bf16_dot, Err *err) {
     threads = threads > 0 ? threads : omp_get_max_threads();
@@ -396,6 +420,9 @@ typedef struct {
     const char *prefix; /* "model." or a wrapper's */
     bool *used;         /* [tensors in the files] */
     Err *err;
+    bool made;          /* there are no files: a tensor gets a place in `memory`, bf16; NULL: places are only counted */
+    uint16_t *memory;
+    size_t numbers;     /* given away */
 } Loader;
 
 /* The text model's tensors stand under one of these. */
@@ -417,8 +444,19 @@ static int find_prefix(Loader *l) {
     return 0;
 }
 
+static int make_tensor(Loader *l, Tensor *out, int rows, int cols) {
+    size_t n = (size_t)rows * (size_t)(cols ? cols : 1);
+    *out = (Tensor){.dtype = DT_BF16, .n_dims = cols ? 2 : 1, .shape = {rows, cols}, .bytes = n * sizeof(uint16_t),
+                    .data = l->memory ? l->memory + l->numbers : NULL};
+    l->numbers += (n + 31) / 32 * 32; /* each at the start of a cache line */
+    return 0;
+}
+
 /* Finds prefix + name and checks it: [rows], or [rows, cols] when cols > 0. */
 static int take(Loader *l, Tensor *out, const char *prefix, const char *name, int rows, int cols) {
+    if (l->made) {
+        return make_tensor(l, out, rows, cols);
+    }
     char *full = xprintf("%s%s", prefix, name);
     const Tensor *t = safetensors_find(&l->model->files, full);
     int status = -1;
@@ -491,7 +529,7 @@ static int load_head(Loader *l) {
     Model *m = l->model;
     const Config *c = &m->config;
     char *norm = xprintf("%snorm.weight", l->prefix);
-    bool has_norm = safetensors_find(&m->files, norm) != NULL;
+    bool has_norm = l->made || safetensors_find(&m->files, norm) != NULL;
     free(norm);
     if (has_norm && take(l, &m->final_norm, l->prefix, "norm.weight", c->hidden_size, 0) != 0) {
         return -1;
@@ -528,6 +566,62 @@ static int refuse_leftovers(Loader *l) {
     return 0;
 }
 
+/* Random numbers for one tensor: norms about 1 (or 0, where the family adds it), matrices such that a product keeps its input's
+ * size. Each number depends on its place alone. */
+static void fill_weight(const Tensor *t, const uint16_t *memory, uint64_t seed, bool plus_one) {
+    uint16_t *x = (uint16_t *)t->data;
+    int64_t n = (int64_t)tensor_elements(t);
+    uint64_t from = (uint64_t)(x - memory);
+    float middle = t->n_dims == 1 && !plus_one ? 1 : 0, width = t->n_dims == 1 ? 0.1f : sqrtf(3 / (float)t->shape[1]);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t z = (from + (uint64_t)i + 1) * 0x9e3779b97f4a7c15u + seed; /* SplitMix64 */
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+        x[i] = f32_to_bf16(middle + width * ((float)(int32_t)(z >> 32) * 0x1p-31f));
+    }
+}
+
+/* All tensors that config.json describes, from wherever the loader takes them. */
+static int load_tensors(Loader *l, bool head) {
+    Model *m = l->model;
+    int status = take(l, &m->embed, l->prefix, "embed_tokens.weight", m->config.vocab_size, m->config.hidden_size);
+    memset(m->block, 0, (size_t)m->config.n_layers * sizeof(Block));
+    for (int i = 0; i < m->config.n_layers && status == 0; i++) {
+        status = load_block(l, i);
+    }
+    return status == 0 && head ? load_head(l) : status;
+}
+
+size_t config_weights(const Config *c, bool head) {
+    Model m = {.config = *c, .block = xcalloc((size_t)c->n_layers, sizeof(Block))};
+    Loader l = {.model = &m, .prefix = "", .made = true};
+    load_tensors(&l, head);
+    free(m.block);
+    return l.numbers * sizeof(uint16_t);
+}
+
+int model_make(Model *m, Config *config, const char *dir, bool head, uint64_t seed, Engine *engine, Err *err) {
+    size_t bytes = config_weights(config, head);
+    *m = (Model){.engine = engine, .config = *config, .dir = xstrdup(dir), .prefix = prefixes[0]};
+    *config = (Config){0};
+    m->block = xcalloc((size_t)m->config.n_layers, sizeof(Block));
+    m->made = aligned_alloc(64, bytes);
+    m->made_bytes = bytes;
+    Loader l = {.model = m, .prefix = m->prefix, .made = true, .memory = m->made, .err = err};
+    if (!m->made) {
+        model_free(m);
+        return fail(err, "not enough memory for %.2f GB of random weights", (double)bytes / 1e9);
+    }
+    load_tensors(&l, head);
+    Named *list = model_tensors(m);
+    for (int i = 0; i < (int)arrlen(list); i++) {
+        fill_weight(list[i].tensor, m->made, seed, m->config.norm_plus_one);
+    }
+    named_free(list);
+    return 0;
+}
+
 static int load_weights(Model *m, Err *err) {
     if (safetensors_open(&m->files, m->dir, err) != 0) {
         return -1;
@@ -535,24 +629,42 @@ static int load_weights(Model *m, Err *err) {
     Loader l = {.model = m, .err = err, .used = xcalloc((size_t)arrlen(m->files.tensor) + 1, 1)};
     m->block = xcalloc((size_t)m->config.n_layers, sizeof(Block));
     int status = find_prefix(&l);
-    if (status == 0) {
-        status = take(&l, &m->embed, l.prefix, "embed_tokens.weight", m->config.vocab_size, m->config.hidden_size);
-    }
-    for (int i = 0; i < m->config.n_layers && status == 0; i++) {
-        status = load_block(&l, i);
-    }
-    if (status == 0) {
-        status = load_head(&l);
-    }
-    if (status == 0) {
-        status = refuse_leftovers(&l);
-    }
+    status = status == 0 ? load_tensors(&l, true) : -1;
+    status = status == 0 ? refuse_leftovers(&l) : -1;
     m->prefix = l.prefix;
     free(l.used);
     return status;
 }
 
+/* A directory that `nla bench --e2e` made says in weights.random which numbers to make instead of reading them from a checkpoint. */
+static bool makes_weights(const char *dir, uint64_t *seed, bool *head, int *blocks) {
+    char *path = xprintf("%s/weights.random", dir);
+    FILE *in = fopen(path, "r");
+    unsigned long long number = 0;
+    int with_head = 0;
+    bool found = in && fscanf(in, "%llu %d %d", &number, &with_head, blocks) == 3;
+    if (in) {
+        fclose(in);
+    }
+    free(path);
+    *seed = number;
+    *head = with_head;
+    return found;
+}
+
 int model_load(Model *m, const char *dir, Engine *engine, Err *err) {
+    uint64_t seed;
+    bool head;
+    int blocks;
+    if (makes_weights(dir, &seed, &head, &blocks)) {
+        Config c;
+        *m = (Model){0};
+        if (config_load(&c, dir, err) != 0) {
+            return -1;
+        }
+        c.n_layers = blocks > 0 && blocks < c.n_layers ? blocks : c.n_layers;
+        return model_make(m, &c, dir, head, seed, engine, err);
+    }
     *m = (Model){.engine = engine, .dir = xstrdup(dir)};
     if (config_load(&m->config, dir, err) != 0 || load_weights(m, err) != 0) {
         model_free(m);
@@ -565,6 +677,10 @@ void model_free(Model *m) {
     lora_free(m);
     for (int i = 0; m->engine && i < (int)arrlen(m->files.file); i++) {
         m->engine->forget(m->engine, m->files.file[i].data, m->files.file[i].len);
+    }
+    if (m->made) {
+        m->engine->forget(m->engine, m->made, m->made_bytes);
+        free(m->made);
     }
     free(m->block);
     free(m->dir);
@@ -590,6 +706,40 @@ size_t model_parameters(const Model *m) {
              tensor_elements(&b->mlp_out_norm) + tensor_elements(&b->q_norm) + tensor_elements(&b->k_norm);
     }
     return n;
+}
+
+static size_t stack_copies(Engine *e, const Linear *w, bool trains) {
+    bool base = trains && !w->lora; /* with adapters it is they that train */
+    size_t bytes = w->n ? e->copy_bytes(e, w->w, w->n, base, false) + e->copy_bytes(e, w->b, w->n, base, true) : 0;
+    if (w->lora) {
+        bytes += e->copy_bytes(e, w->lora->down.w, w->lora->down.n, trains, false);
+        for (int i = 0; i < w->n; i++) {
+            bytes += e->copy_bytes(e, &w->lora->up[i], 1, trains, false);
+        }
+    }
+    return bytes;
+}
+
+size_t model_copies(const Model *m, const Linear *head, bool trains) {
+    Engine *e = m->engine;
+    bool base = trains && m->lora.rank == 0;
+    size_t bytes = e->copy_bytes(e, &m->embed, 1, base, false) + e->copy_bytes(e, &m->final_norm, 1, base, true);
+    if (m->lm_head.n && !m->config.tied) {
+        bytes += e->copy_bytes(e, m->lm_head.w, 1, base, false);
+    }
+    bytes += head ? e->copy_bytes(e, head->w, 1, trains, false) : 0;
+    for (int i = 0; i < m->config.n_layers; i++) {
+        const Block *b = &m->block[i];
+        const Tensor *const norm[] = {&b->attn_in_norm, &b->attn_out_norm, &b->mlp_in_norm, &b->mlp_out_norm, &b->q_norm, &b->k_norm};
+        const Linear *const stack[] = {&b->qkv, &b->o, &b->gate_up, &b->down};
+        for (int j = 0; j < 6; j++) {
+            bytes += e->copy_bytes(e, norm[j], 1, base, true);
+        }
+        for (int j = 0; j < 4; j++) {
+            bytes += stack_copies(e, stack[j], base || (trains && stack[j]->lora));
+        }
+    }
+    return bytes;
 }
 
 /* ------------------------------------------------------------------------------------------------ tensors by name */
@@ -847,10 +997,10 @@ static size_t forest_buffers(Forest *f, const Config *c, Engine *e, DType act, P
     return b.bytes;
 }
 
-size_t forest_bytes(const Config *c, DType act, int blocks, int cache_rows, int max_rows, Passes passes) {
-    Forest f = {.blocks = blocks, .cache_rows = whole_blocks(cache_rows), .max_rows = max_rows};
+size_t forest_bytes(const Model *m, int blocks, int cache_rows, int max_rows, Passes passes) {
+    Forest f = {.model = (Model *)m, .blocks = blocks, .cache_rows = whole_blocks(cache_rows), .max_rows = max_rows};
     bool failed;
-    size_t bytes = forest_buffers(&f, c, NULL, act, passes, &failed);
+    size_t bytes = forest_buffers(&f, &m->config, NULL, m->engine->act_dtype, passes, &failed);
     free(f.k);
     free(f.v);
     free(f.kept);

@@ -404,7 +404,7 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
         for (int i = 0; i < (int)arrlen(m.files.tensor); i++) {
             weights += m.files.tensor[i].bytes;
         }
-        size_t forest = forest_bytes(c, engine->act_dtype, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
+        size_t forest = forest_bytes(&m, c->n_layers, 2048, 2048, FORWARD), token = 2 * (size_t)c->n_kv_heads * (size_t)c->head_dim *
                                                                           (size_t)c->n_layers * sizeof(float);
         if (s->json) {
             printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
@@ -689,7 +689,7 @@ int nla_main(int argc, char **argv) {
     Err err = {0};
     Settings s = {.positions = "all", .positions_per_doc = 10, .min_context = 50, .parts = "av_sft:25,ar_sft:25,rl:50,held:4", .samples = 1,
                   .max_tokens = 200, .max_length = 2048, .batch = 32, .repeat = 5, .top_p = 1, .injection_scale = NAN, .save_every = 15,
-                  .words = RULES_WORDS};
+                  .words = RULES_WORDS, .prompt_tokens = 125, .av_tokens = 247, .ar_tokens = 126, .text_tokens = 200};
     int words = 1, status = 2;
     const Command *c = command_of(&s, argc, argv, &words, &err);
     for (int i = 1 + words; c && i < argc; i++) { /* nla COMMAND --help */

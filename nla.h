@@ -326,6 +326,12 @@ typedef struct {
     float beta1, beta2, eps, decay;
 } AdamW;
 
+/* Bytes that an engine holds and has held at the most: what alloc gave, working copies of weights, the ops' own working memory. */
+typedef enum { MEMORY_GIVEN, MEMORY_COPIES, MEMORY_WORK, MEMORY_KINDS } MemoryKind;
+typedef struct {
+    size_t now[MEMORY_KINDS], peak[MEMORY_KINDS], most; /* most: of all kinds together */
+} MemoryUse;
+
 typedef struct Engine Engine;
 struct Engine {
     const char *name;     /* "cpu avx512" */
@@ -348,6 +354,17 @@ struct Engine {
     void (*forget)(Engine *e, const void *host, size_t bytes);
     int (*check)(Engine *e, Err *err); /* ops report nothing: -1 when one has failed (a GPU's memory or launch) since the opening */
     void (*close)(Engine *e);
+
+    /* For measuring. Seconds that the engine itself spent from start to stop, which waits for all that was asked of it. */
+    void (*start)(Engine *e);
+    double (*stop)(Engine *e);
+    void (*copy)(Engine *e, void *out, const void *x, size_t bytes); /* from its memory to its memory */
+    size_t (*available)(Engine *e);                                  /* bytes that alloc could give now, about; 0: nobody knows */
+    MemoryUse *memory;
+    /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: they are fp32 in
+     * its memory; `precise`: norms and biases, always fp32), and for its ops on passes of up to `rows` rows. */
+    size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, bool owned, bool precise);
+    size_t (*work_bytes)(Engine *e, const Config *c, int rows, bool training);
 
     /* out[n,:] = table[token[n],:] * scale                                             out [N,D], table [V,D] */
     void (*embed)(Engine *e, Act *out, const Tensor *table, const int *token, int N, int D, float scale);
@@ -440,6 +457,8 @@ struct Engine {
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
  * threads 0 = all. Fails when bf16_dot is asked of a processor without it. NLA_CPU=avx512|avx2|any picks a narrower one. */
 Engine *engine_open(int threads, bool bf16_dot, Err *err);
+void memory_count(MemoryUse *m, MemoryKind kind, size_t more, size_t less); /* an engine tells what it has taken or given back */
+size_t host_available(void); /* bytes of the machine's memory that could be had now; 0: nobody knows */
 
 #ifdef NLA_CUDA
 /* The CUDA engine on the first GPU (kernels.cu), activations in bf16 or, for diffing, in fp32. Fails when the driver, a GPU or the
@@ -483,11 +502,20 @@ typedef struct {
     Block *block;      /* [L] */
     Engine *engine;    /* borrowed */
     const char *prefix; /* of the tensors' names in the files: "model." or a wrapper's */
+    uint16_t *made;     /* random weights, when they come from no file; else NULL */
+    size_t made_bytes;
 } Model;
 
 /* Maps DIR's weights and checks every tensor's presence and shape against config.json, by name. */
 int model_load(Model *model, const char *dir, Engine *engine, Err *err);
 void model_free(Model *model);
+/* A model of that configuration (taken) with random weights, bf16, in memory: for measuring. dir: its name in messages; head: with
+ * final norm and lm_head. */
+int model_make(Model *model, Config *config, const char *dir, bool head, uint64_t seed, Engine *engine, Err *err);
+size_t config_weights(const Config *c, bool head); /* bytes of them, without making any */
+/* Bytes of the working copies of a model's weights, and of `head` (may be NULL), that its engine makes; trains: all weights, or the
+ * adapters when it has some. */
+size_t model_copies(const Model *model, const Linear *head, bool trains);
 size_t model_parameters(const Model *model);
 /* A model's tensors under the names that their files give them (stb; named_free): of the model itself (a tied head once, as the
  * embedding), and of its adapters under PEFT's names. */
@@ -544,7 +572,7 @@ void forest_cut(Forest *forest, int segments); /* forgets all but the first `seg
 /* A new empty segment with room for `cap` tokens; its index, or -1 when the cache is full or the position too large. */
 int forest_add(Forest *forest, int parent, int cap, Err *err);
 /* Bytes a forest of that size takes, without making it (for --plan and inspect). */
-size_t forest_bytes(const Config *config, DType act, int blocks, int cache_rows, int max_rows, Passes passes);
+size_t forest_bytes(const Model *model, int blocks, int cache_rows, int max_rows, Passes passes);
 
 /* Tokens to append to segments of a forest: rows of one forward pass. Zero it before use. */
 typedef struct {
@@ -836,6 +864,8 @@ void verbalizer_renew(Verbalizer *v); /* after its weights have changed: what it
  * an error that names its row. d is the caller's to free, also after an error. */
 int verbalize(Verbalizer *v, Decoder *d, const float *vectors, int n, int64_t first_row, int samples, const Decoding *how,
               Err *err);
+/* Bytes of its forest for that many vectors, samples of each and tokens of each sample. */
+size_t verbalizer_bytes(const Verbalizer *v, int vectors, int samples, int max_tokens);
 /* out = v scaled to length `scale` (0: as it is), the length taken in fp64; fails on a zero or non-finite v, naming the row. */
 int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, Err *err);
 /* What stands between <explanation> and </explanation>, trimmed; false when a tag is missing or nothing is there. */
@@ -861,6 +891,8 @@ int value_head_load(Linear *head, Safetensors *file, const char *dir, int D, Err
 bool ar_shares_start(const Reconstructor *r, const int *ids); /* stb ids of a filled template: do they begin with r->start? */
 /* Vectors [n,D] of n texts: value_head applied to the residual stream after the last block at the template's last token. */
 int reconstruct(Reconstructor *r, const char *const *text, const size_t *len, int n, float *out, Err *err);
+
+size_t reconstructor_bytes(const Reconstructor *r); /* of its forest and vectors, for texts of ordinary length */
 
 /* Scores. n_s(x) = s x / |x|; mse_nrm = mean (n_s(pred) - n_s(gold))^2 = 2 (1 - cos) for s = sqrt(d). */
 double cosine(const float *a, const float *b, int d); /* 0 when either is zero */
@@ -1044,6 +1076,58 @@ typedef struct {
 } Measures;
 void measure(Measures *m, const char *name, double value);
 
+/* The run's models and data, from the checkpoint directory or, when that is NULL, from the settings. What trains is not made yet. */
+int train_open(TrainRun *r, const char *checkpoint, Err *err);
+int train_params(TrainRun *r, Err *err); /* makes it */
+void train_close(TrainRun *r);           /* the engine too */
+bool setting_of(const char *given, Stage stage); /* is key=value a setting of that stage? */
+
+/* The memory that a run takes at the most, before train_params: in the engine's memory, and in the host's (a CPU has one). */
+typedef struct {
+    const char *what;
+    double bytes;
+    bool host;
+} PlanPart;
+typedef struct {
+    PlanPart part[16];
+    int n;
+    double engine, host;
+} Plan;
+int train_plan(const TrainRun *r, Plan *p, Err *err);
+void plan_part(Plan *p, const char *what, double bytes, bool host);
+void plan_print(const Plan *p);
+
+/* Vectors and texts of n rows. */
+typedef struct {
+    int n, D;
+    float *vector; /* [n, D]: what the AV is shown */
+    float *gold;   /* [n, D]: the rows' own; another memory only in the control that exchanges vectors */
+    char **text;   /* [n] */
+    size_t *len;
+    int64_t *row;
+} Rows;
+
+/* What an RL step draws: texts in vector order, G each. */
+typedef struct {
+    int n;            /* P * G */
+    Rows x;           /* the P vectors */
+    Decoder d;
+    int **token;      /* [n]: what was drawn, the end token included */
+    int *length;
+    char **text;      /* [n]: the explanation, NULL: failed or truncated */
+    size_t *len;
+    double *mse, *reward, *advantage;
+    float *old, *ref, *advantages, *weight; /* [tokens] */
+    int tokens, failed, truncated;
+    AvGroup *group;   /* [P] */
+} Rollouts;
+
+/* Step r->step: of AV or AR; of RL in two halves, drawing texts and learning from them. */
+int step_sft(TrainRun *r, Measures *m, Err *err);
+int rl_draw(TrainRun *r, Rollouts *o, Measures *m, Err *err);
+int rl_learn(TrainRun *r, Rollouts *o, Measures *m, Err *err);
+void rollouts_free(Rollouts *o);
+
 bool checkpoint_any(const char *run);
 /* RUN/checkpoint-STEP, whole or not at all; older ones beyond `keep` and the best are removed. */
 int checkpoint_save(TrainRun *r, Err *err);
@@ -1117,10 +1201,11 @@ struct Settings {
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
         *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations, *completion;
     int positions_per_doc, min_context, words;
+    int prompt_tokens, av_tokens, ar_tokens, text_tokens;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;
     double temperature, top_p, injection_scale, save_every;
-    bool resume, plan, merge, man, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
+    bool ops, e2e, resume, plan, merge, man, json, quiet, bf16, fp32, chat, special, no_special, ignore_eos, tensors, logprobs;
 };
 
 /* What most commands work with. */
@@ -1195,6 +1280,29 @@ int run_export(const Settings *s, Err *err);
 int run_bench(const Settings *s, Err *err);
 int run_report(const Settings *s, Err *err);
 int run_verify(const Settings *s, Err *err);
+
+/* ---- measuring (shapes.c, bench_ops.c, bench_e2e.c) */
+
+typedef struct {
+    const char *name;
+    int layer;          /* that is read */
+    float scale;        /* of the injected vector; 0: as it is */
+    const char *config; /* config.json's text */
+} Shape;
+/* One of the target models by name, or a model directory's (a name with a '/'). *owned: to be freed, also after an error. */
+int shape_find(Shape *shape, char **owned, const char *name, Err *err);
+
+/* What the engine reached on one large product and on one copy: the rates that floors are counted with. */
+typedef struct {
+    double operations, bytes; /* a second; bytes read and written */
+    int product;              /* size of the matrices */
+    size_t copied;            /* bytes */
+} Ceilings;
+int ceilings_measure(Ceilings *c, Engine *e, Err *err);
+double floor_of(const Ceilings *c, double operations, double bytes); /* seconds */
+int bench_ceilings(const Settings *s, Engine *e, Ceilings *c, Err *err); /* measures and prints them */
+int bench_ops(const Settings *s, Engine *e, Err *err);
+int bench_e2e(const Settings *s, Err *err);
 
 /* The whole program as a function (main calls it; tests do too): runs a command line, returns the exit status. */
 int nla_main(int argc, char **argv);

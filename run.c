@@ -63,6 +63,8 @@ const RunKey run_keys[] = {
 };
 const char *const stage_names[] = {"av", "ar", "rl"};
 
+enum { EVAL_GROUP = 32 }; /* held-out vectors that are read together */
+
 static const Option *find_key(const char *name, size_t len, Stage stage, Err *err) {
     char *given = xstrndup(name, len);
     const Option *found = NULL;
@@ -77,6 +79,15 @@ static const Option *find_key(const char *name, size_t len, Stage stage, Err *er
         fail(err, "train %s has no setting '%s'%s; see: nla help train", stage_names[stage], given, g.hint);
     }
     free(given);
+    return found;
+}
+
+bool setting_of(const char *given, Stage stage) {
+    size_t len = strcspn(given, "=");
+    bool found = false;
+    for (const RunKey *k = run_keys; k->option.name; k++) {
+        found = found || (k->stages >> stage & 1 && strlen(k->option.name) == len && strncmp(k->option.name, given, len) == 0);
+    }
     return found;
 }
 
@@ -284,15 +295,17 @@ static int add_adapters(const RunSettings *s, Model *m, uint64_t seed, Err *err)
     return 0;
 }
 
+static bool trains_av(const TrainRun *r) { return r->stage != STAGE_AR; }
+static bool trains_ar(const TrainRun *r) { return r->stage == STAGE_AR || (r->stage == STAGE_RL && !r->s.freeze_ar); }
+static DType moments_of(const TrainRun *r) { return r->s.moments && strcmp(r->s.moments, "bf16") == 0 ? DT_BF16 : DT_F32; }
+
 /* Opens what the stage needs: from the checkpoint when there is one to go on from, else from the settings. */
 static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
     const RunSettings *s = &r->s;
-    DType moments = s->moments && strcmp(s->moments, "bf16") == 0 ? DT_BF16 : DT_F32;
-    bool trains_av = r->stage != STAGE_AR, trains_ar = r->stage == STAGE_AR || (r->stage == STAGE_RL && !s->freeze_ar);
-    char *av = checkpoint && trains_av ? xprintf("%s/av", checkpoint) : s->av ? xstrdup(s->av) : NULL;
-    char *ar = checkpoint && trains_ar ? xprintf("%s/ar", checkpoint) : s->ar ? xstrdup(s->ar) : NULL;
+    char *av = checkpoint && trains_av(r) ? xprintf("%s/av", checkpoint) : s->av ? xstrdup(s->av) : NULL;
+    char *ar = checkpoint && trains_ar(r) ? xprintf("%s/ar", checkpoint) : s->ar ? xstrdup(s->ar) : NULL;
     int status = 0;
-    if (trains_av) {
+    if (trains_av(r)) {
         status = verbalizer_open(&r->av, av, NULL, NAN, r->engine, err);
         r->has_av = status == 0;
     }
@@ -305,19 +318,28 @@ static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
         r->has_ref = status == 0;
     }
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
-    if (status == 0 && trains_av) {
+    if (status == 0 && trains_av(r)) {
         status = add_adapters(s, &r->av.model, (uint64_t)s->seed, err);
-        status = status == 0 ? params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, moments, err) : -1;
         r->av_pass = (AvPass){.av = &r->av, .passes = passes};
         r->ref_pass = (AvPass){.av = &r->ref, .passes = FORWARD};
     }
-    if (status == 0 && trains_ar) {
+    if (status == 0 && trains_ar(r)) {
         status = add_adapters(s, &r->ar.model, (uint64_t)s->seed + 1, err);
-        status = status == 0 ? params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, moments, err) : -1;
     }
-    r->ar_pass = (ArPass){.ar = &r->ar, .passes = trains_ar ? passes : FORWARD};
+    r->ar_pass = (ArPass){.ar = &r->ar, .passes = trains_ar(r) ? passes : FORWARD};
     free(av);
     free(ar);
+    return status;
+}
+
+int train_params(TrainRun *r, Err *err) {
+    int status = 0;
+    if (trains_av(r)) {
+        status = params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, moments_of(r), err);
+    }
+    if (status == 0 && trains_ar(r)) {
+        status = params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, moments_of(r), err);
+    }
     return status;
 }
 
@@ -342,7 +364,25 @@ static int open_data(TrainRun *r, Err *err) {
     return 0;
 }
 
-static void close_run(TrainRun *r) {
+int train_open(TrainRun *r, const char *checkpoint, Err *err) {
+    if (open_models(r, checkpoint, err) != 0 || open_data(r, err) != 0) {
+        return -1;
+    }
+    const Dataset *d = r->held.path ? &r->held : &r->data;
+    const int64_t *rows = r->held.path ? r->held_rows : r->rows;
+    float *v = xmalloc((size_t)d->d_model * sizeof(float));
+    Baseline base = {0};
+    for (int64_t i = 0; i < arrlen(rows) && i < 4096; i++) {
+        dataset_vector(d, rows[i], v);
+        baseline_add(&base, v, d->d_model);
+    }
+    r->var_nrm = baseline_var(&base, d->d_model);
+    baseline_free(&base);
+    free(v);
+    return 0;
+}
+
+void train_close(TrainRun *r) {
     av_pass_close(&r->av_pass);
     av_pass_close(&r->ref_pass);
     ar_pass_close(&r->ar_pass);
@@ -411,16 +451,6 @@ static char *explanation_at(const Dataset *d, int64_t row, size_t *len, Err *err
     json_free(&j);
     return text;
 }
-
-/* Vectors and texts of n rows. */
-typedef struct {
-    int n, D;
-    float *vector; /* [n, D]: what the AV is shown */
-    float *gold;   /* [n, D]: the rows' own; another memory only in the control that exchanges vectors */
-    char **text;   /* [n] */
-    size_t *len;
-    int64_t *row;
-} Rows;
 
 static void rows_free(Rows *x) {
     for (int i = 0; i < x->n; i++) {
@@ -576,7 +606,7 @@ static void update(TrainRun *r, Params *p, const Schedule *schedule, double loss
     r->skipped_in_row = good ? 0 : r->skipped_in_row + 1;
 }
 
-static int step_sft(TrainRun *r, Measures *m, Err *err) {
+int step_sft(TrainRun *r, Measures *m, Err *err) {
     const RunSettings *s = &r->s;
     Rows x;
     int status = step_rows(&x, r, s->batch, true, err);
@@ -609,22 +639,7 @@ static int step_sft(TrainRun *r, Measures *m, Err *err) {
 
 /* ------------------------------------------------------------------------------------------------ the RL step */
 
-/* What a step draws: texts in vector order, G each. */
-typedef struct {
-    int n;            /* P * G */
-    Rows x;           /* the P vectors */
-    Decoder d;
-    int **token;      /* [n]: what was drawn, the end token included */
-    int *length;
-    char **text;      /* [n]: the explanation, NULL: failed or truncated */
-    size_t *len;
-    double *mse, *reward, *advantage;
-    float *old, *ref, *advantages, *weight; /* [tokens] */
-    int tokens, failed, truncated;
-    AvGroup *group;   /* [P] */
-} Rollouts;
-
-static void rollouts_free(Rollouts *o) {
+void rollouts_free(Rollouts *o) {
     for (int i = 0; i < o->n; i++) {
         if (o->token) {
             arrfree(o->token[i]);
@@ -757,49 +772,75 @@ static int policy_update(TrainRun *r, const Rollouts *o, double *policy, double 
     return status;
 }
 
-static int step_rl(TrainRun *r, Measures *m, Err *err) {
-    Rollouts o = {0};
-    double start = now(), ar_loss = 0, policy = 0, kl = 0, norm = 0, ar_norm = 0, length = 0, apart = 0, later = 0;
-    int status = roll_out(r, &o, err);
-    double drawn = now();
-    status = status == 0 ? reward_texts(r, &o, &ar_loss, err) : -1;
-    double rewarded = now();
-    status = status == 0 ? reference_texts(r, &o, err) : -1;
-    double referred = now();
-    for (int u = 0; u < r->s.updates && status == 0; u++) {
-        status = policy_update(r, &o, &policy, &kl, u == 0 ? &apart : &later, &norm, err);
+/* What the engine took since the last lap, or since start. */
+static double lap(Engine *e) {
+    double seconds = e->stop(e);
+    e->start(e);
+    return seconds;
+}
+
+int rl_draw(TrainRun *r, Rollouts *o, Measures *m, Err *err) {
+    r->engine->start(r->engine);
+    int status = roll_out(r, o, err);
+    measure(m, "seconds_rollout", lap(r->engine));
+    return status;
+}
+
+static void measure_rollouts(const TrainRun *r, const Rollouts *o, Measures *m) {
+    double reward = mean(o->reward, o->n), spread = 0, length = 0;
+    for (int i = 0; i < o->n; i++) {
+        spread += (o->reward[i] - reward) * (o->reward[i] - reward) / o->n;
+        length += (double)o->length[i] / o->n;
     }
+    measure(m, "reward", reward);
+    measure(m, "reward_std", sqrt(spread));
+    measure(m, "mse_nrm", mean(o->mse, o->n));
+    measure(m, "fve", 1 - mean(o->mse, o->n) / r->var_nrm);
+    measure(m, "tokens_mean", length);
+    measure(m, "failed", (double)o->failed / o->n);
+    measure(m, "truncated", (double)o->truncated / o->n);
+    m->work = o->tokens;
+}
+
+int rl_learn(TrainRun *r, Rollouts *o, Measures *m, Err *err) {
+    Engine *e = r->engine;
+    double ar_loss = 0, policy = 0, kl = 0, norm = 0, ar_norm = 0, apart = 0, later = 0;
+    e->start(e);
+    int status = reward_texts(r, o, &ar_loss, err);
+    double rewarded = lap(e);
+    status = status == 0 ? reference_texts(r, o, err) : -1;
+    double referred = lap(e);
+    for (int u = 0; u < r->s.updates && status == 0; u++) {
+        status = policy_update(r, o, &policy, &kl, u == 0 ? &apart : &later, &norm, err);
+    }
+    double learned = lap(e);
     if (status == 0 && !r->s.freeze_ar && isfinite(ar_loss)) {
         Schedule schedule = schedule_of(&r->s, r->s.ar_lr, 1);
         update(r, &r->ar_params, &schedule, ar_loss, &ar_norm);
     }
+    double updated = e->stop(e);
     if (status == 0) {
-        double reward = mean(o.reward, o.n), spread = 0;
-        for (int i = 0; i < o.n; i++) {
-            spread += (o.reward[i] - reward) * (o.reward[i] - reward) / o.n;
-            length += (double)o.length[i] / o.n;
-        }
-        measure(m, "reward", reward);
-        measure(m, "reward_std", sqrt(spread));
-        measure(m, "mse_nrm", mean(o.mse, o.n));
-        measure(m, "fve", 1 - mean(o.mse, o.n) / r->var_nrm);
+        measure_rollouts(r, o, m);
         measure(m, "ar_loss", ar_loss);
         measure(m, "policy_loss", policy);
         measure(m, "kl", kl);
-        measure(m, "tokens_mean", length);
-        measure(m, "failed", (double)o.failed / o.n);
-        measure(m, "truncated", (double)o.truncated / o.n);
         measure(m, "grad_norm", norm);
         measure(m, "ar_grad_norm", ar_norm);
         Schedule schedule = schedule_of(&r->s, r->s.lr, r->s.updates);
         measure(m, "lr", learning_rate(&schedule, r->av_params.step));
         measure(m, "logp_apart", apart);
-        measure(m, "seconds_rollout", drawn - start);
-        measure(m, "seconds_reward_and_ar", rewarded - drawn);
-        measure(m, "seconds_reference", referred - rewarded);
-        measure(m, "seconds_policy", now() - referred);
-        m->work = o.tokens;
+        measure(m, "seconds_reward_and_ar", rewarded);
+        measure(m, "seconds_reference", referred);
+        measure(m, "seconds_policy", learned);
+        measure(m, "seconds_ar_update", updated);
     }
+    return status;
+}
+
+static int step_rl(TrainRun *r, Measures *m, Err *err) {
+    Rollouts o = {0};
+    int status = rl_draw(r, &o, m, err);
+    status = status == 0 ? rl_learn(r, &o, m, err) : -1;
     rollouts_free(&o);
     return status;
 }
@@ -831,8 +872,8 @@ static int tell_rows(TrainRun *r, const Rows *x, char **text, size_t *length, do
     Decoding how = {.sampler = {.top_p = 1}, .max_tokens = r->s.max_tokens};
     int status = 0;
     *failed = *tokens = 0;
-    for (int i = 0; i < x->n && status == 0; i += 32) {
-        int n = x->n - i < 32 ? x->n - i : 32;
+    for (int i = 0; i < x->n && status == 0; i += EVAL_GROUP) {
+        int n = x->n - i < EVAL_GROUP ? x->n - i : EVAL_GROUP;
         Decoder d;
         status = verbalize(&r->av, &d, x->vector + (size_t)i * (size_t)x->D, n, 0, 1, &how, err);
         for (int j = 0; j < n && status == 0; j++) {
@@ -1094,6 +1135,12 @@ static int longer_first(const void *a, const void *b) {
     return *(const int *)b - *(const int *)a;
 }
 
+/* Rows, or rl's vectors, of a pass. */
+static int micro_of(const RunSettings *s, Stage stage) {
+    int all = stage == STAGE_RL ? s->vectors : s->batch;
+    return s->micro < all ? s->micro : all;
+}
+
 /* Tokens of the `micro` longest rows, the most that a microbatch can hold; of a sample of the rows when they are many. */
 static int longest_rows(const TrainRun *r, Err *err) {
     int64_t n = arrlen(r->rows), step = n / 4096 + 1;
@@ -1112,7 +1159,7 @@ static int longest_rows(const TrainRun *r, Err *err) {
     if (counted > 0) {
         qsort(lengths, (size_t)counted, sizeof *lengths, longer_first);
     }
-    for (int i = 0; i < r->s.micro && counted > 0; i++) {
+    for (int i = 0; i < micro_of(&r->s, r->stage) && counted > 0; i++) {
         sum += lengths[i < counted ? i : counted - 1];
     }
     arrfree(lengths);
@@ -1134,50 +1181,87 @@ static double own_memory(void) {
     return kilobytes * 1024;
 }
 
-static int print_plan(const TrainRun *r, Err *err) {
+void plan_part(Plan *p, const char *what, double bytes, bool host) {
+    if (bytes > 0 && p->n < (int)(sizeof p->part / sizeof *p->part)) {
+        p->part[p->n++] = (PlanPart){what, bytes, host};
+        *(host ? &p->host : &p->engine) += bytes;
+    }
+}
+
+static double mapped_bytes(const Model *m) {
+    double bytes = 0;
+    for (int i = 0; i < (int)arrlen(m->files.file); i++) {
+        bytes += (double)m->files.file[i].len;
+    }
+    return bytes;
+}
+
+/* What the AV and its frozen twin take. Returns rows of the largest pass. */
+static int plan_av(const TrainRun *r, Plan *p, int texts, int tokens) {
     const RunSettings *s = &r->s;
-    Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
+    const Model *m = &r->av.model;
     bool rl = r->stage == STAGE_RL;
-    int tokens = rl ? s->micro * s->samples * s->max_tokens : longest_rows(r, err), texts = rl ? s->micro * s->samples : s->micro;
-    double total = 0;
-    struct {
-        const char *what;
-        double bytes;
-    } part[9];
-    int n = 0;
+    int micro = micro_of(s, r->stage);
+    size_t params = params_bytes(m, m->lora.rank > 0, NULL, moments_of(r)), drawing = 0;
+    plan_part(p, "AV: trained weights, gradients, moments", (double)params, false);
+    plan_part(p, "AV: a microbatch there and back", (double)av_pass_bytes(&r->av, micro, texts, tokens, r->av_pass.passes), false);
+    plan_part(p, "AV: working copies of its weights", (double)model_copies(m, NULL, true), false);
+    if (rl) {
+        plan_part(p, "reference AV: a microbatch", (double)av_pass_bytes(&r->ref, micro, texts, tokens, FORWARD), false);
+        plan_part(p, "reference AV: working copies", (double)model_copies(&r->ref.model, NULL, false), false);
+        drawing = verbalizer_bytes(&r->av, s->vectors, s->samples, s->max_tokens);
+    }
+    if (r->held.path && r->has_ar) {
+        int64_t rows = arrlen(r->held_rows) < s->eval_rows ? arrlen(r->held_rows) : s->eval_rows;
+        size_t reading = verbalizer_bytes(&r->av, (int)(rows < EVAL_GROUP ? rows : EVAL_GROUP), 1, s->max_tokens);
+        drawing = reading > drawing ? reading : drawing;
+    }
+    plan_part(p, "drawing texts", (double)drawing, false);
+    return r->av.marker_at + micro * (int)arrlen(r->av.prompt) + tokens;
+}
+
+/* `tokens`: of all texts of a pass, with what the template puts around them. Returns them. */
+static int plan_ar(const TrainRun *r, Plan *p, int texts, int tokens) {
+    const Model *m = &r->ar.model;
+    if (trains_ar(r)) {
+        plan_part(p, "AR: trained weights, gradients, moments", (double)params_bytes(m, m->lora.rank > 0, &r->ar.head, moments_of(r)), false);
+    }
+    plan_part(p, trains_ar(r) ? "AR: a microbatch there and back" : "AR: a microbatch", (double)ar_pass_bytes(&r->ar, texts, tokens, r->ar_pass.passes),
+              false);
+    plan_part(p, "AR: working copies of its weights", (double)model_copies(m, &r->ar.head, trains_ar(r)), false);
+    return tokens;
+}
+
+int train_plan(const TrainRun *r, Plan *p, Err *err) {
+    const RunSettings *s = &r->s;
+    bool rl = r->stage == STAGE_RL;
+    int texts = micro_of(s, r->stage) * (rl ? s->samples : 1), tokens = rl ? texts * s->max_tokens : longest_rows(r, err), rows = 0;
+    *p = (Plan){0};
     if (tokens < 0) {
         return -1;
     }
-#define PART(name, count) part[n].what = (name), part[n++].bytes = (double)(count)
-    if (r->av_params.engine) {
-        PART("AV: trained weights, gradients, moments", r->av_params.bytes);
-        PART("AV: a microbatch there and back", av_pass_bytes(&r->av, s->micro, texts, tokens, passes));
+    if (trains_av(r)) {
+        rows = plan_av(r, p, texts, tokens);
     }
-    if (rl) {
-        PART("reference AV: a microbatch", av_pass_bytes(&r->ref, s->micro, texts, tokens, FORWARD));
-        PART("drawing texts", av_pass_bytes(&r->av, s->vectors, s->vectors * s->samples, s->vectors * s->samples * s->max_tokens, FORWARD));
-        tokens += texts * ((int)arrlen(r->ar.meta.suffix_ids) + 4) + (int)arrlen(r->ar.start);
-    }
-    if (r->ar_params.engine) {
-        PART("AR: trained weights, gradients, moments", r->ar_params.bytes);
-        PART("AR: a microbatch there and back", ar_pass_bytes(&r->ar, texts, tokens, passes));
+    if (trains_ar(r) || (r->has_ar && r->held.path)) { /* the ids on both sides of a text, which could merge with it, are its own */
+        int most = r->stage == STAGE_AR ? tokens : texts * (s->max_tokens + (int)arrlen(r->ar.meta.suffix_ids) + 2);
+        int ar_rows = plan_ar(r, p, texts, (int)arrlen(r->ar.start) + most);
+        rows = ar_rows > rows ? ar_rows : rows;
     }
     const Model *m = r->has_av ? &r->av.model : &r->ar.model;
-    double mapped = 0;
-    for (int i = 0; i < (int)arrlen(m->files.file); i++) {
-        mapped += (double)m->files.file[i].len;
+    Config c = m->config;
+    c.vocab_size = r->stage == STAGE_AR ? 0 : c.vocab_size; /* an AR makes no logits */
+    plan_part(p, "working memory of the ops", (double)r->engine->work_bytes(r->engine, &c, rows, true), false);
+    plan_part(p, "weights, mapped", mapped_bytes(m), true);
+    plan_part(p, "tokenizer, rows and the program", own_memory(), true);
+    return 0;
+}
+
+void plan_print(const Plan *p) {
+    for (int i = 0; i < p->n; i++) {
+        printf("%-42s %9.3f GB%s\n", p->part[i].what, p->part[i].bytes / 1e9, p->part[i].host ? "  (host)" : "");
     }
-    PART("weights, mapped", mapped);
-    /* Masters and gradients have been written already, the moments not. */
-    double held = own_memory() - 2.0 * sizeof(float) * (double)(r->av_params.count + r->ar_params.count);
-    PART("tokenizer, rows and the program", held > 0 ? held : 0);
-#undef PART
-    for (int i = 0; i < n; i++) {
-        printf("%-42s %9.3f GB\n", part[i].what, part[i].bytes / 1e9);
-        total += part[i].bytes;
-    }
-    printf("%-42s %9.3f GB\n", "in all", total / 1e9);
-    return 1;
+    printf("%-42s %9.3f GB, %.3f GB of them the host's\n", "in all", (p->engine + p->host) / 1e9, p->host / 1e9);
 }
 
 static int start_run(TrainRun *r, const Settings *s, Err *err) {
@@ -1192,25 +1276,17 @@ static int start_run(TrainRun *r, const Settings *s, Err *err) {
         return fail(err, "%s: holds checkpoints of a run; go on from them with --resume, or name another out", r->s.out);
     }
     int status = open_engine(&r->engine, s, err);
-    status = status == 0 ? open_models(r, checkpoint, err) : -1;
-    status = status == 0 ? open_data(r, err) : -1;
-    if (status == 0) {
-        const Dataset *d = r->held.path ? &r->held : &r->data;
-        const int64_t *rows = r->held.path ? r->held_rows : r->rows;
-        float *v = xmalloc((size_t)d->d_model * sizeof(float));
-        Baseline base = {0};
-        for (int64_t i = 0; i < arrlen(rows) && i < 4096; i++) {
-            dataset_vector(d, rows[i], v);
-            baseline_add(&base, v, d->d_model);
-        }
-        r->var_nrm = baseline_var(&base, d->d_model);
-        baseline_free(&base);
-        free(v);
-    }
+    status = status == 0 ? train_open(r, checkpoint, err) : -1;
     if (status == 0 && s->plan) {
+        Plan plan;
         free(checkpoint);
-        return print_plan(r, err);
+        status = train_plan(r, &plan, err);
+        if (status == 0) {
+            plan_print(&plan);
+        }
+        return status == 0 ? 1 : -1;
     }
+    status = status == 0 ? train_params(r, err) : -1;
     if (status == 0 && checkpoint) {
         status = checkpoint_load(r, checkpoint, err);
     } else if (status == 0 && mkdir(r->s.out, 0777) != 0 && (errno != EEXIST || stat(r->s.out, &st) != 0 || !S_ISDIR(st.st_mode))) {
@@ -1255,6 +1331,6 @@ int run_train(const Settings *s, Err *err) {
         sigaction(SIGTERM, &action, NULL);
         status = train(&r, s, err);
     }
-    close_run(&r);
+    train_close(&r);
     return status < 0 ? -1 : 0;
 }

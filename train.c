@@ -216,7 +216,7 @@ static int av_rows(const Verbalizer *av, int groups, int responses, int tokens, 
 
 size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens, Passes passes) {
     int cache, rows = av_rows(av, groups, responses, tokens, &cache);
-    return forest_bytes(&av->model.config, av->model.engine->act_dtype, av->model.config.n_layers, cache, rows, passes);
+    return forest_bytes(&av->model, av->model.config.n_layers, cache, rows, passes);
 }
 
 /* The tokens of group g: its tail, then each response behind the prompt's last token, every one of them wanted. */
@@ -327,7 +327,8 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
 }
 
 size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes) {
-    return forest_bytes(&ar->model.config, ar->model.engine->act_dtype, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
+    size_t vectors = 3 * (size_t)texts * (size_t)ar->model.config.hidden_size * dtype_size(ar->model.engine->act_dtype);
+    return vectors + forest_bytes(&ar->model, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
 }
 
 /* d mse_nrm / d pred = -2 s^2/D (gold / |pred||gold| - cos pred / |pred|^2) */

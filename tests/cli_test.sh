@@ -99,6 +99,21 @@ says 1 "the text is empty" "$NLA" generate --quiet --model "$good" ""
 says 1 "/nowhere/x" "$NLA" dump --quiet --model "$good" --ids 1,2 --out /nowhere/x
 says 1 "bench measures" "$NLA" bench speed
 says 1 "--shape ROWS,IN,OUT" "$NLA" bench linear --shape 5
+says 1 "'decode' is one too many" "$NLA" bench linear decode
+says 1 "--shape is needed" "$NLA" bench --ops
+says 1 "--shape is needed" "$NLA" bench --e2e
+says 1 "ask for one" "$NLA" bench --ops --e2e --shape smollm2-135m
+says 1 "--shape gpt-5: known are qwen2.5-7b, " "$NLA" bench --ops --shape gpt-5
+says 1 "$work/none/config.json" "$NLA" bench --e2e --shape "$work/none"
+says 1 "bench --e2e measures av, ar, decode, explain, rl" "$NLA" bench --e2e --shape smollm2-135m sft
+says 1 "no setting 'bach'" "$NLA" bench --e2e --shape smollm2-135m bach=3
+says 1 "lr is a number" "$NLA" bench --e2e --shape smollm2-135m lr=fast
+says 1 "--av-tokens 100: with a prompt of 125" "$NLA" bench --e2e --shape smollm2-135m --av-tokens 100
+says 1 "--ar-tokens 20: with its template" "$NLA" bench --e2e --shape smollm2-135m --ar-tokens 20
+says 1 "a vocabulary of 151 is too small" "$NLA" bench --e2e --shape "$good"
+says 1 "--shape llama-3.3-70b: rl needs " "$NLA" bench --e2e --device cpu --shape llama-3.3-70b rl
+says 2 "--prompt-tokens takes a whole number from 32" "$NLA" bench --e2e --prompt-tokens 5
+says 2 "--repeat takes a whole number" "$NLA" bench --ops --repeat 0
 says 1 "there is no command 'x'" "$NLA" help x
 says 1 "holds neither config.json" "$NLA" inspect tests
 
@@ -330,6 +345,17 @@ if command -v zsh >/dev/null; then
 else
     skip "zsh is not installed: its completion is not tried"
 fi
+# bench: every op is listed with its floor; whole steps run in memory that was planned
+tiny_shape=tests/golden/pair_gemma3/av
+"$NLA" bench --ops --device cpu --json --shape ./$tiny_shape --rows 160 --batch 5 --repeat 1 >"$work/ops" 2>"$work/err" || bad "bench --ops: $(cat "$work/err")"
+for op in embed rmsnorm "linear q, k, v" rope_qkv attention gated add gather "linear lm_head" sample token_logprob token_logprob_backward \
+    "linear_backward down" "weight_backward down" gated_backward rmsnorm_backward attention_backward rope_qkv_backward embed_backward scatter zero \
+    "lora_up o" "lora_up_backward o" sum_squares "adamw, moments f32" "adamw, moments bf16"; do
+    if grep -F "\"op\": \"$op\"" "$work/ops" | grep -q '"median_s": [0-9.e-]*, .*"share": [0-9.e-]*, "floor_s": [0-9.e-]*}'; then ok; else bad "bench --ops lacks $op"; fi
+done
+prints "rmsnorm_backward" "$NLA" bench --ops --device cpu --shape ./$tiny_shape --rows 160 --repeat 1 rmsnorm
+! grep -q "linear" "$work/out" && ok || bad "bench --ops rmsnorm measures other ops"
+tests/plans.sh "$NLA" cpu ./$tiny_shape >"$work/plans" && ok || bad "plans: $(cat "$work/plans")"
 
 # dump names and a full pipe
 "$NLA" dump --quiet --model "$good" --out "$work/d.safetensors" "the other" && prints "model.layers.2.self_attn" "$NLA" inspect "$work/d.safetensors"

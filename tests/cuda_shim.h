@@ -208,9 +208,10 @@ static inline void shim_launch(const char *name, dim3 grid, dim3 block, size_t s
 /* ------------------------------------------------------------------------------------------------ the runtime */
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaStreamNonBlocking };
 typedef struct ShimStream *cudaStream_t;
+typedef double cudaEvent_t; /* when it was recorded */
 struct cudaDeviceProp {
     char name[256];
 };
@@ -228,6 +229,15 @@ static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSucce
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) { return *stream = NULL, cudaSuccess; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int *n); /* one when the environment has NLA_SHIM, so that nothing runs on it unasked; NLA_SHIM=protect: shim_protect too */
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
+static inline cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = 0, cudaSuccess; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t shim_record(cudaEvent_t *event);
+#define cudaEventRecord(event, stream) ((void)(stream), shim_record(&(event)))
+static inline cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
+    return *milliseconds = (float)((to - from) * 1e3), cudaSuccess;
+}
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 #endif /* __cplusplus */

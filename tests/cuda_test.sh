@@ -83,6 +83,7 @@ if [ $# = 0 ] || [ "$1" = none ]; then
         # shellcheck disable=SC2086 # maybe no word
         if NLA_SHIM=1 nla verify $mode --model tests/golden/pair_gemma3/av >"$work/log"; then ok; else bad "nla verify $mode: $(grep BEYOND "$work/log")"; fi
     done
+    if NLA_SHIM=1 nice -n 19 tests/plans.sh "$SHIM/nla" cuda ./tests/golden/pair_gemma3/av >"$work/log"; then ok; else bad "plans: $(cat "$work/log")"; fi
     rl_step llama 2
     rl_step qwen2 2
     rl_step qwen3 2

@@ -28,6 +28,8 @@ step() { # step NAME COMMAND...: its output to LOGDIR/NAME.log
     fi
 }
 nla() { "$NLA" "$@" --quiet; }
+# within SECONDS: those, or what is left of 8 minutes less the last table's
+within() { local left=$((480 - 45 - SECONDS)); echo $((left < 5 ? 5 : left < $1 ? left : $1)); }
 
 nvidia-smi >"$logs/nvidia-smi.log" 2>&1 || { echo "gpu.sh: nvidia-smi finds no GPU: $(head -1 "$logs/nvidia-smi.log")"; exit 77; }
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d ' .')
@@ -59,7 +61,7 @@ fi
 # 4. compute-sanitizer: what the shim cannot see (host pointers in kernels, tensor cores, the real order of threads).
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
-        step sanitizer-$tool timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 "$NLA" verify --model tests/golden/pair_qwen3/av
+        step sanitizer-$tool timeout "$(within 90)" compute-sanitizer --tool $tool --error-exitcode 9 "$NLA" verify --model tests/golden/pair_qwen3/av
     done
 fi
 
@@ -92,9 +94,12 @@ step av-loss-falls first_last av loss
 step ar-loss-falls first_last ar loss
 step the-same-rl-step awk -f tests/same_step.awk "$work/cpu/metrics.jsonl" "$work/cuda/metrics.jsonl"
 
-# 6. Speed.
-for n in 1,4096,4096 64,4096,4096 2048,4096,4096 2048,4096,22016; do step "bench-linear-$n" "$NLA" bench linear --device cuda --shape "$n" --repeat 20; done
-[ -z "$model" ] || step bench-model "$NLA" bench all --device cuda --model "$model" --samples 64 --max-tokens 64
-cat "$logs"/bench-*.log
+# 6. Speed: whole steps with random weights (adapters, so that an 80 GB GPU has room for the 7B shape), then every op at that shape.
+e2e() { timeout "$(within "$1")" "$NLA" bench --e2e --device cuda --shape "$2" --repeat 1 "${@:3}"; }
+step bench-e2e-135m e2e 60 smollm2-135m batch=64 vectors=16
+step bench-e2e-7b e2e 120 qwen2.5-7b batch=64 vectors=16 lora_rank=16
+[ -z "$model" ] || step bench-model timeout "$(within 60)" "$NLA" bench all --device cuda --model "$model" --samples 64 --max-tokens 64
+step bench-ops timeout 45 "$NLA" bench --ops --device cuda --shape qwen2.5-7b --batch 256 --repeat 20
+cat "$logs"/bench-e2e-*.log "$logs/bench-ops.log"
 printf '%d passed, %d failed in %d s; logs in %s\n' $passed $failed "$SECONDS" "$logs"
 [ $failed = 0 ]

@@ -349,9 +349,9 @@ Test(cpu, gated_equals_silu_and_gelu_over_the_whole_range) {
 /* q, k, v made by rope_qkv, then attention over a forest, against softmax over the explicit list of visible tokens. */
 typedef struct {
     int H, G, E, window;
-} Shape;
+} Attended;
 
-static void check_attention(Engine *e, Shape s) {
+static void check_attention(Engine *e, Attended s) {
     /* a root of 70 tokens, two children, a grandchild: more than one tile, starts that are no multiple of it */
     Segment segment[] = {{-1, 0, 0, 70, 80}, {0, 70, 80, 5, 16}, {0, 70, 96, 90, 96}, {2, 160, 192, 3, 16}};
     Run run[] = {{0, 0, 70, 0}, {1, 70, 5, 0}, {2, 75, 90, 0}, {3, 165, 3, 0}};
@@ -434,7 +434,7 @@ static void check_attention(Engine *e, Shape s) {
 }
 
 Test(cpu, rope_and_attention_over_a_forest_equal_softmax_over_the_visible_tokens) {
-    const Shape shapes[] = {{4, 2, 10, 0}, {3, 1, 64, 0}, {4, 4, 16, 7}, {8, 2, 36, 66}, {2, 1, 128, 0}};
+    const Attended shapes[] = {{4, 2, 10, 0}, {3, 1, 64, 0}, {4, 4, 16, 7}, {8, 2, 36, 66}, {2, 1, 128, 0}};
     for (int i = 0; i < 4; i++) {
         Engine *e = build_engine(i, 2);
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {

@@ -269,7 +269,7 @@ Test(model, the_forests_size_is_planned_before_it_is_made) {
     open_case(&f, "gemma3_text", 1);
     Forest forest;
     cr_assert(forest_open(&forest, &f.model, 3, 100, 50, FORWARD, &err) == 0);
-    cr_assert(forest_bytes(&f.model.config, DT_F32, 3, 100, 50, FORWARD) == forest.bytes);
+    cr_assert(forest_bytes(&f.model, 3, 100, 50, FORWARD) == forest.bytes);
     forest_close(&forest);
     close_case(&f);
 }

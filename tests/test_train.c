@@ -298,9 +298,9 @@ enum { VECTORS = 3, GROUP = 4 };
 typedef struct {
     int *id[SAMPLES], length[SAMPLES], tokens;
     AvGroup group[VECTORS];
-} Rollouts;
+} Drawn;
 
-static void open_rollouts(Rollouts *r, const Case *c, int D) {
+static void open_rollouts(Drawn *r, const Case *c, int D) {
     memset(r, 0, sizeof *r);
     for (int i = 0; i < SAMPLES; i++) {
         char name[32];
@@ -318,14 +318,14 @@ static void open_rollouts(Rollouts *r, const Case *c, int D) {
     }
 }
 
-static void close_rollouts(Rollouts *r) {
+static void close_rollouts(Drawn *r) {
     for (int i = 0; i < SAMPLES; i++) {
         arrfree(r->id[i]);
     }
 }
 
 /* One golden value a token, sample after sample. */
-static float *per_token(const Case *c, const Rollouts *r, const char *name) {
+static float *per_token(const Case *c, const Drawn *r, const char *name) {
     float *out = xmalloc((size_t)r->tokens * sizeof(float));
     int at = 0;
     for (int i = 0; i < SAMPLES; i++) {
@@ -338,7 +338,7 @@ static float *per_token(const Case *c, const Rollouts *r, const char *name) {
 }
 
 /* Log-probabilities against the golden ones; 1e-5 of their largest, as the logits. */
-static void check_logprobs(AvRows *av, const Case *c, const Rollouts *r, const char *name) {
+static void check_logprobs(AvRows *av, const Case *c, const Drawn *r, const char *name) {
     Err err = {0};
     float *want = per_token(c, r, name), *logp = xmalloc((size_t)r->tokens * sizeof(float));
     KeepLogprobs keep = {logp, 0};
@@ -352,7 +352,7 @@ static void check_logprobs(AvRows *av, const Case *c, const Rollouts *r, const c
 }
 
 /* The golden advantages from the golden rewards, and everything else by the policy's pass and back. */
-static void check_policy(AvRows *av, const Case *c, const Rollouts *r, const char *old, const char *ref, const char *prefix, bool lora) {
+static void check_policy(AvRows *av, const Case *c, const Drawn *r, const char *old, const char *ref, const char *prefix, bool lora) {
     Err err = {0};
     Params p;
     char name[40];
@@ -392,7 +392,7 @@ Test(train, the_policys_loss_and_gradient_of_an_rl_step_equal_pytorch_in_every_f
     for (int family = 0; family < 4; family++) {
         Case c;
         AvRows av, base;
-        Rollouts r;
+        Drawn r;
         open_case(&c, family, 2, "explanations");
         open_av(&av, &c, true, TRAINING);
         open_av(&base, &c, false, TRAINING);
