@@ -302,7 +302,7 @@ const Command commands[] = {
      "nla bench linear --shape 512,576,1536\n"
      "nla bench decode --model models/smollm2 --samples 8 --max-tokens 64\n"
      "nla bench --ops --shape ./models/smollm2 --repeat 1 attention\n"
-     "nla bench --e2e --shape ./models/smollm2 --av-tokens 140 ar batch=2 lora_rank=4",
+     "nla bench --e2e --shape ./models/smollm2 ar batch=2 lora_rank=4",
      run_bench, 0, 100, ENGINE | SEED | JSON | QUIET, MODEL_DIR | PAIR | DATASET,
      {FLAG("ops", ops, "every op at the sizes of --shape"), FLAG("e2e", e2e, "whole steps at the sizes of --shape"),
       TEXT("shape", shape, "NAME", "of the model; for linear ROWS,IN,OUT"),

@@ -541,7 +541,7 @@ static int load_head(Loader *l) {
     const char *const heads[] = {"", "language_model."};
     for (int i = 0; i < 2 && has_norm; i++) {
         char *name = xprintf("%slm_head.weight", heads[i]);
-        bool found = safetensors_find(&m->files, name) != NULL;
+        bool found = l->made || safetensors_find(&m->files, name) != NULL;
         free(name);
         if (found) {
             return take_linear(l, &m->lm_head, heads[i], "lm_head", c->vocab_size, c->hidden_size, false);
