@@ -8,7 +8,7 @@ import sys
 BARRIER = "__syncthreads();"
 MAYBE = "if (MUTANT != %d) { __syncthreads(); }"
 
-# what it is, the tests that must find it, what stands in kernels.cu (once), what takes its place (%d: the mutant's number)
+# what it is, the tests that must find it, what stands in kernels.cu or attention.cuh (once), what takes its place (%d: the mutant's number)
 MUTANTS = [
     ("off by one: a row's end", "kernels/rows",
      "for (int d = (int)threadIdx.x * W; d < D; d +=", "for (int d = (int)threadIdx.x * W; d < D + (MUTANT == %d ? W : 0); d +="),
@@ -45,10 +45,10 @@ MUTANTS = [
     ("an exchange left out", "kernels/attention", "    sum = warp_sum(sum);\n    if (pair < pairs", "    sum = MUTANT == %d ? sum : warp_sum(sum);\n    if (pair < pairs"),
 ]
 
-text = open("kernels.cu").read()
+text = open("kernels.cu").read().replace('#include "attention.cuh"', open("attention.cuh").read())
 for number, (what, suite, old, new) in enumerate(MUTANTS, 1):
     if text.count(old) != 1:
-        sys.exit("tests/mutants.py: %r must stand once in kernels.cu, it stands %d times" % (old, text.count(old)))
+        sys.exit("tests/mutants.py: %r must stand once in kernels.cu and attention.cuh, it stands %d times" % (old, text.count(old)))
     text = text.replace(old, new % number)
     print(number, suite, what)
 text = text.replace('#include "nla.h"', '#include "nla.h"\n#include <cstdlib>\nstatic const int MUTANT = atoi(getenv("NLA_MUTANT"));', 1)
