@@ -153,78 +153,200 @@ __device__ static inline void softmax_row(float *score, T *weight, float *o, flo
     }
 }
 
-/* Bytes of shared memory of attention_kernel. */
+namespace {
+/* A block's tiles: the output so far, a tile of scores, each row's largest score and sum; queries, keys (then values), weights. */
+template <typename T> struct Tiles {
+    float *o, *score, *largest, *sum;
+    T *queries, *keys, *weight;
+};
+} // namespace
+
+/* Their bytes of shared memory. */
 template <typename T> __host__ __device__ static inline size_t attention_bytes(int rows, int keys, int width) {
     return (size_t)rows * (size_t)padded(width) * (sizeof(T) + sizeof(float)) + (size_t)keys * (size_t)padded(width) * sizeof(T) +
            (size_t)rows * (size_t)padded(keys) * (sizeof(T) + sizeof(float)) + 2 * (size_t)rows * sizeof(float);
 }
 
-/* Grid: (item, key/value head). Reads q once and the chain's keys and values once a tile of rows; bound: tensor cores when a tile is
- * full (4 E operations a pair and key), reading keys when it is not (decoding). */
-template <typename T> __global__ void attention_kernel(T *out, float *lse, const T *q, const T *k, const T *v, Attend a) {
+/* The tiles in shared memory, with `pairs` queries loaded, row r from source(r), and nothing seen yet. */
+template <typename T, typename Source>
+__device__ static inline Tiles<T> begin_tiles(char *memory, int pairs, const Attend &a, const Source &source) {
+    int R = a.rows, ld = padded(a.width);
+    Tiles<T> t;
+    t.o = (float *)memory;
+    t.score = t.o + R * ld;
+    t.largest = t.score + R * padded(a.keys);
+    t.sum = t.largest + R;
+    t.queries = (T *)(t.sum + R);
+    t.keys = t.queries + R * ld;
+    t.weight = t.keys + a.keys * ld;
+    load_tile(t.queries, R, pairs, a.E, a.width, source);
+    for (int i = (int)threadIdx.x; i < R * ld; i += (int)blockDim.x) {
+        t.o[i] = 0;
+    }
+    for (int r = (int)threadIdx.x; r < R; r += (int)blockDim.x) {
+        t.largest[r] = -INFINITY;
+        t.sum[r] = 0;
+    }
+    return t;
+}
+
+/* The queries meet n keys that stand from `at` on in the cache; see(r, from, to) tells which of them row r sees. Ends with a barrier. */
+template <typename T, typename See>
+__device__ static inline void attend_keys(const Tiles<T> &t, const T *k, const T *v, size_t at, int n, int pairs, const Attend &a,
+                                          const See &see) {
+    int R = a.rows, C = a.keys, W = a.width, ld = padded(W);
+    size_t step = (size_t)a.G * (size_t)a.E;
+    load_tile(t.keys, C, n, a.E, W, [&](int i) { return k + at + (size_t)i * step; });
+    __syncthreads();
+    tile_product<false, true>(t.score, t.queries, t.keys, TileShape{R, C, W, ld, ld, padded(C)}, false);
+    __syncthreads();
+    load_tile(t.keys, C, n, a.E, W, [&](int i) { return v + at + (size_t)i * step; });
+    for (int r = (int)threadIdx.x / WARP; r < R; r += (int)blockDim.x / WARP) {
+        int from = 0, to = 0;
+        if (r < pairs) {
+            see(r, &from, &to);
+        }
+        if (from < to) {
+            softmax_row(t.score + r * padded(C), t.weight + r * padded(C), t.o + r * ld, &t.largest[r], &t.sum[r], from, to, a);
+        } else { /* sees none of these keys */
+            for (int i = (int)threadIdx.x % WARP; i < C; i += WARP) {
+                t.weight[r * padded(C) + i] = narrow<T>(0);
+            }
+        }
+    }
+    __syncthreads();
+    tile_product<false, false>(t.o, t.weight, t.keys, TileShape{R, W, C, padded(C), ld, ld}, true);
+    __syncthreads();
+}
+
+/* ---- a step of decoding: every row is one token, and many rows have the same ancestors. The ancestors' keys are cut into chunks; a
+ * block lets all rows below a segment meet one chunk of it and keeps what each has from there. attention_kernel then walks only a row's
+ * own segment and joins the parts, from the root down: the order of a row's additions depends on its own chain alone, as ever. */
+
+namespace {
+struct Parts {
+    float *out;   /* [rows, H, parts, E]: weighted values, not yet divided by the sum */
+    float *about; /* [rows, H, parts, 2]: largest score, sum of weights */
+    int parts;    /* room for those of a row; 0: there are none */
+};
+
+/* Keys [from, from + n) of a segment, and pairs [pair, pair + rows) of the runs below[first], ... under it. */
+struct SharedKeys {
+    int seg, from, n, first, pair, pairs, part;
+};
+
+enum { LEAST_CHUNK_KEYS = 256, MOST_PARTS = 8 }; /* MOST_PARTS: of a segment, so that parts stay few */
+
+__host__ __device__ inline int chunk_keys(int len) {
+    int keys = (len + 64 * MOST_PARTS - 1) / (64 * MOST_PARTS) * 64;
+    return keys > LEAST_CHUNK_KEYS ? keys : LEAST_CHUNK_KEYS;
+}
+
+__host__ __device__ inline int parts_of(int len) { return (len + chunk_keys(len) - 1) / chunk_keys(len); }
+} // namespace
+
+/* Grid: (SharedKeys, key/value head). Reads a chunk's keys and values once for a tile of rows. Bound: reading keys while rows are few,
+ * tensor cores when tiles are full. */
+template <typename T>
+__global__ void shared_keys_kernel(Parts parts, const T *q, const T *k, const T *v, Attend a, const SharedKeys *shared, const int *below) {
+    SHARED_DYNAMIC(memory);
+    int g = (int)blockIdx.y, group = a.H / a.G, ld = padded(a.width), first = 0x7fffffff;
+    SharedKeys item = shared[blockIdx.x];
+    Segment seg = a.segment[item.seg];
+    auto run_of = [&](int r) { return a.run[below[item.first + (item.pair + r) / group]]; };
+    auto row_of = [&](int r) { return (size_t)run_of(r).row * (size_t)a.H + (size_t)(g * group + (item.pair + r) % group); };
+    auto position_of = [&](int r) { return a.segment[run_of(r).seg].position + run_of(r).first; };
+    Tiles<T> t = begin_tiles<T>(memory, item.pairs, a, [&](int r) { return q + row_of(r) * (size_t)a.E; });
+    for (int r = 0; a.window > 0 && r < item.pairs; r++) {
+        first = position_of(r) < first ? position_of(r) : first;
+    }
+    for (int j = 0; j < item.n; j += a.keys) {
+        int n = item.n - j < a.keys ? item.n - j : a.keys, position = seg.position + item.from + j;
+        if (worth(first, first, position, n, false, a.window)) {
+            attend_keys(t, k, v, ((size_t)(seg.row + item.from + j) * (size_t)a.G + (size_t)g) * (size_t)a.E, n, item.pairs, a,
+                        [&](int r, int *from, int *to) { visible(from, to, position_of(r), position, n, false, a.window); });
+        }
+    }
+    __syncthreads(); /* when no tile was worth it */
+    for (int at = (int)threadIdx.x; at < item.pairs * a.E; at += (int)blockDim.x) {
+        int r = at / a.E, x = at % a.E;
+        parts.out[(row_of(r) * (size_t)parts.parts + (size_t)item.part) * (size_t)a.E + (size_t)x] = t.o[r * ld + x];
+    }
+    for (int r = (int)threadIdx.x; r < item.pairs; r += (int)blockDim.x) {
+        float *about = parts.about + (row_of(r) * (size_t)parts.parts + (size_t)item.part) * 2;
+        about[0] = t.largest[r];
+        about[1] = t.sum[r];
+    }
+}
+
+/* What a row has of its own keys, and its n parts, become one relative to the largest score of all. A warp calls it. */
+__device__ static inline void join_parts(float *o, float *largest, float *sum, const Parts &parts, size_t row, int n, int E) {
+    int lane = (int)threadIdx.x % WARP;
+    const float *about = parts.about + row * (size_t)parts.parts * 2, *out = parts.out + row * (size_t)parts.parts * (size_t)E;
+    float most = *largest;
+    for (int i = 0; i < n; i++) {
+        most = fmaxf(most, about[2 * i]);
+    }
+    float shrink = expf(*largest - most), total = *sum * shrink;
+    for (int x = lane; x < E; x += WARP) {
+        o[x] *= shrink;
+    }
+    for (int i = 0; i < n; i++) {
+        float weight = expf(about[2 * i] - most); /* 0 where a window hides the whole chunk */
+        total += about[2 * i + 1] * weight;
+        for (int x = lane; x < E; x += WARP) {
+            o[x] += out[(size_t)i * (size_t)E + (size_t)x] * weight;
+        }
+    }
+    __syncwarp();
+    if (lane == 0) {
+        *sum = total;
+        *largest = most;
+    }
+}
+
+/* Grid: (item, key/value head). Reads q once and the chain's keys and values once a tile of rows, but for what `parts` holds already;
+ * bound: tensor cores when a tile is full (4 E operations a pair and key), reading keys when it is not (decoding). */
+template <typename T> __global__ void attention_kernel(T *out, float *lse, const T *q, const T *k, const T *v, Attend a, Parts parts) {
     SHARED_DYNAMIC(memory);
     SHARED(int, chain, MAX_DEPTH);
-    int R = a.rows, C = a.keys, W = a.width, ld = padded(W), g = (int)blockIdx.y, group = a.H / a.G;
-    float *o = (float *)memory, *score = o + R * ld, *largest = score + R * padded(C), *sum = largest + R;
-    T *queries = (T *)(sum + R), *keys = queries + R * ld, *weight = keys + C * ld;
+    int R = a.rows, C = a.keys, ld = padded(a.width), g = (int)blockIdx.y, group = a.H / a.G, known = 0;
     Item item = a.item[blockIdx.x];
     Run run = a.run[item.run];
     int pairs = run.n * group - item.pair < R ? run.n * group - item.pair : R;
     int start = a.segment[run.seg].position + run.first; /* position of the run's first query */
     int first = start + item.pair / group, last = start + (item.pair + pairs - 1) / group;
-    size_t E = (size_t)a.E, base = ((size_t)run.row * (size_t)a.H + (size_t)(g * group)) * E;
-    auto pair_at = [&](int r) { /* offset of a pair's row of q and out */
+    size_t E = (size_t)a.E;
+    auto row_of = [&](int r) { /* of q and out */
         int p = item.pair + r;
-        return base + ((size_t)(p / group) * (size_t)a.H + (size_t)(p % group)) * E;
+        return (size_t)(run.row + p / group) * (size_t)a.H + (size_t)(g * group + p % group);
     };
-    load_tile(queries, R, pairs, a.E, W, [&](int r) { return q + pair_at(r); });
-    for (int i = (int)threadIdx.x; i < R * ld; i += (int)blockDim.x) {
-        o[i] = 0;
-    }
-    for (int r = (int)threadIdx.x; r < R; r += (int)blockDim.x) {
-        largest[r] = -INFINITY;
-        sum[r] = 0;
-    }
+    Tiles<T> t = begin_tiles<T>(memory, pairs, a, [&](int r) { return q + row_of(r) * E; });
     int depth = find_chain(chain, a.segment, run.seg);
     for (int link = 0; link < depth; link++) {
         Segment seg = a.segment[chain[link]];
         bool own = link == depth - 1;
         int n_seg = own ? last - seg.position + 1 : seg.len;
-        for (int j = 0; j < n_seg; j += C) {
+        known += parts.parts && !own ? parts_of(seg.len) : 0;
+        for (int j = 0; j < n_seg && (own || !parts.parts); j += C) {
             int n = n_seg - j < C ? n_seg - j : C, position = seg.position + j;
-            if (!worth(first, last, position, n, own, a.window)) {
-                continue;
+            if (worth(first, last, position, n, own, a.window)) {
+                attend_keys(t, k, v, ((size_t)(seg.row + j) * (size_t)a.G + (size_t)g) * E, n, pairs, a, [&](int r, int *from, int *to) {
+                    visible(from, to, start + (item.pair + r) / group, position, n, own, a.window);
+                });
             }
-            size_t at = ((size_t)(seg.row + j) * (size_t)a.G + (size_t)g) * E, step = (size_t)a.G * E;
-            load_tile(keys, C, n, a.E, W, [&](int i) { return k + at + (size_t)i * step; });
-            __syncthreads();
-            tile_product<false, true>(score, queries, keys, TileShape{R, C, W, ld, ld, padded(C)}, false);
-            __syncthreads();
-            load_tile(keys, C, n, a.E, W, [&](int i) { return v + at + (size_t)i * step; });
-            for (int r = (int)threadIdx.x / WARP; r < R; r += (int)blockDim.x / WARP) {
-                int from = 0, to = 0;
-                if (r < pairs) {
-                    visible(&from, &to, start + (item.pair + r) / group, position, n, own, a.window);
-                }
-                if (from < to) {
-                    softmax_row(score + r * padded(C), weight + r * padded(C), o + r * ld, &largest[r], &sum[r], from, to, a);
-                } else { /* sees none of these keys */
-                    for (int i = (int)threadIdx.x % WARP; i < C; i += WARP) {
-                        weight[r * padded(C) + i] = narrow<T>(0);
-                    }
-                }
-            }
-            __syncthreads();
-            tile_product<false, false>(o, weight, keys, TileShape{R, W, C, padded(C), ld, ld}, true);
-            __syncthreads();
         }
     }
+    for (int r = (int)threadIdx.x / WARP; known > 0 && r < pairs; r += (int)blockDim.x / WARP) {
+        join_parts(t.o + r * ld, &t.largest[r], &t.sum[r], parts, row_of(r), known, a.E);
+    }
+    __syncthreads();
     for (int at = (int)threadIdx.x; at < pairs * a.E; at += (int)blockDim.x) {
         int r = at / a.E, x = at % a.E;
-        out[pair_at(r) + (size_t)x] = narrow<T>(o[r * ld + x] / sum[r]);
+        out[row_of(r) * E + (size_t)x] = narrow<T>(t.o[r * ld + x] / t.sum[r]);
     }
     for (int r = (int)threadIdx.x; lse && r < pairs; r += (int)blockDim.x) {
-        lse[pair_at(r) / E] = largest[r] + logf(sum[r]);
+        lse[row_of(r)] = t.largest[r] + logf(t.sum[r]);
     }
 }
 
@@ -267,25 +389,98 @@ static Attend attend_of(int H, int G, int E, float scale, int window) {
     return Attend{NULL, NULL, NULL, H, G, E, (E + 15) / 16 * 16, 0, 0, window, scale};
 }
 
+/* A step's rows below each segment that stands above some: below[first[s]], ..., below[first[s + 1] - 1] are runs, in the batch's order. */
+static void find_below(const Segment *segment, const Run *run, int n_runs, std::vector<int> *first, std::vector<int> *below) {
+    std::vector<int> count;
+    for (int r = 0; r < n_runs; r++) {
+        for (int s = segment[run[r].seg].parent; s >= 0; s = segment[s].parent) {
+            count.resize((size_t)s + 1 > count.size() ? (size_t)s + 1 : count.size());
+            count[(size_t)s]++;
+        }
+    }
+    first->assign(1, 0);
+    for (int n : count) {
+        first->push_back(first->back() + n);
+    }
+    below->resize((size_t)first->back());
+    std::vector<int> at(*first);
+    for (int r = 0; r < n_runs; r++) {
+        for (int s = segment[run[r].seg].parent; s >= 0; s = segment[s].parent) {
+            (*below)[(size_t)at[(size_t)s]++] = r;
+        }
+    }
+}
+
+/* The parts of a row below segment s that come from the segments above it. */
+static int parts_above(const Segment *segment, int s) {
+    int n = 0;
+    for (s = segment[s].parent; s >= 0; s = segment[s].parent) {
+        n += parts_of(segment[s].len);
+    }
+    return n;
+}
+
+/* What a step's rows have of their ancestors' keys, in working memory. */
+template <typename T>
+static Parts attend_shared(Cuda *c, Attend a, const T *q, const T *k, const T *v, const Segment *segment, const Run *run, int n_runs) {
+    std::vector<int> first, below;
+    std::vector<SharedKeys> items;
+    int group = a.H / a.G, most = 0, N = 0;
+    Parts parts = {NULL, NULL, 0};
+    find_below(segment, run, n_runs, &first, &below);
+    for (size_t s = 0; s + 1 < first.size(); s++) {
+        most = (first[s + 1] - first[s]) * group > most ? (first[s + 1] - first[s]) * group : most;
+    }
+    for (int r = 0; r < n_runs; r++) {
+        int n = parts_above(segment, run[r].seg);
+        parts.parts = n > parts.parts ? n : parts.parts;
+        N = run[r].row >= N ? run[r].row + 1 : N;
+    }
+    a.rows = most <= 16 ? 16 : 0;
+    if (parts.parts == 0 || !choose_tiles(c, &a, 64, attention_bytes<T>)) {
+        return parts;
+    }
+    for (int s = 0; s + 1 < (int)first.size(); s++) {
+        int pairs = (first[(size_t)s + 1] - first[(size_t)s]) * group, len = segment[s].len, chunk = chunk_keys(len);
+        for (int from = 0, part = parts_above(segment, s); from < len; from += chunk, part++) {
+            for (int pair = 0; pair < pairs; pair += a.rows) {
+                items.push_back(SharedKeys{s, from, len - from < chunk ? len - from : chunk, first[(size_t)s], pair,
+                                           pairs - pair < a.rows ? pairs - pair : a.rows, part});
+            }
+        }
+    }
+    size_t rows = (size_t)N * (size_t)a.H * (size_t)parts.parts;
+    parts.out = (float *)work(c, WORK_PARTIAL, rows * (size_t)(a.E + 2) * sizeof(float));
+    parts.about = parts.out + rows * (size_t)a.E;
+    LAUNCH(c, shared_keys_kernel<T>, dim3((unsigned)items.size(), (unsigned)a.G), ATTEND_THREADS,
+           attention_bytes<T>(a.rows, a.keys, a.width), parts, q, k, v, a, stage(c, items.data(), items.size()),
+           stage(c, below.data(), below.size()));
+    return parts;
+}
+
 template <typename T>
 static void cuda_attention(Engine *e, Act *out, Act *lse, const Act *q, const Act *k, const Act *v, const Segment *segment, const Run *run,
                            int n_runs, int H, int G, int E, float scale, int window) {
     RANGE();
     Cuda *c = cuda_of(e);
     Attend a = attend_of(H, G, E, scale, window);
-    int most = 0;
+    Parts parts = {NULL, NULL, 0};
+    int longest = 0;
     for (int r = 0; r < n_runs; r++) {
-        most = run[r].n * (H / G) > most ? run[r].n * (H / G) : most;
+        longest = run[r].n > longest ? run[r].n : longest;
     }
-    a.rows = most <= 16 ? 16 : 0; /* decoding: a tile of a token's heads */
+    a.rows = longest * (H / G) <= 16 ? 16 : 0; /* decoding: a tile of a token's heads */
     if (n_runs == 0 || !choose_tiles(c, &a, 64, attention_bytes<T>)) {
         return;
     }
     std::vector<Item> items = tiles_of(run, n_runs, H / G, a.rows);
     stage_forest(c, &a, segment, run, n_runs);
+    if (longest == 1) {
+        parts = attend_shared(c, a, (const T *)q, (const T *)k, (const T *)v, segment, run, n_runs);
+    }
     a.item = stage(c, items.data(), items.size());
     LAUNCH(c, attention_kernel<T>, dim3((unsigned)items.size(), (unsigned)G), ATTEND_THREADS, attention_bytes<T>(a.rows, a.keys, a.width),
-           (T *)out, (float *)lse, (const T *)q, (const T *)k, (const T *)v, a);
+           (T *)out, (float *)lse, (const T *)q, (const T *)k, (const T *)v, a, parts);
 }
 
 /* ---- the way back: twice over the same tiles of P, each time with one owner for every sum */

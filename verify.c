@@ -267,22 +267,32 @@ static void op_attention(OpTape *t, const int *s) { /* heads, kv heads, head wid
     }
 }
 
-/* Decoding: each child appends one token to what the cache holds. */
-static void op_decode(OpTape *t, const int *s) { /* heads, kv heads, head width, window */
-    int H = s[0], G = s[1], E = s[2], position[ROWS], cache_row[ROWS];
-    size_t half = (size_t)E / 2, kv = (size_t)(CACHE * G * E);
-    Act *c = given_as(t, DT_F32, 400 * half), *si = given_as(t, DT_F32, 400 * half), *qkv = given(t, (size_t)(ROWS * (H + 2 * G) * E)),
-        *q = act(t, (size_t)(ROWS * H * E)), *k = act(t, kv), *v = act(t, kv), *out = act(t, (size_t)(3 * H * E));
-    for (int r = 0; r < 4; r++) {
-        for (int i = 0; i < runs[r].n; i++) {
-            position[runs[r].row + i] = forest[runs[r].seg].position + i;
-            cache_row[runs[r].row + i] = forest[runs[r].seg].row + i;
+/* Decoding: a step of rows that share ancestors, one of them long (its keys are walked in chunks), one all but hidden by the window. */
+static const Segment tree[] = {{-1, 0, 0, 300, 304}, {0, 300, 304, 70, 80}, {0, 300, 384, 5, 16}, /* what they share */
+                               {1, 370, 400, 3, 16}, {2, 305, 416, 12, 16}, {1, 370, 432, 1, 16}, {2, 305, 448, 16, 16}, {1, 370, 464, 9, 16},
+                               {0, 300, 480, 7, 16}, {-1, 0, 496, 2, 16}, {1, 370, 512, 80, 80}, {1, 370, 592, 4, 16}};
+enum { TREE = 12, SHARED = 3, TREE_ROWS = 608 };
+
+static void op_decode(OpTape *t, const int *s) { /* heads, kv heads, head width, window, rows */
+    int H = s[0], G = s[1], E = s[2], n = s[4], position[TREE_ROWS], cache_row[TREE_ROWS], rows = 0;
+    size_t half = (size_t)E / 2, kv = (size_t)(TREE_ROWS * G * E), out_n = (size_t)(n * H * E);
+    Run step[TREE - SHARED];
+    for (int r = 0; r < TREE; r++) {
+        for (int i = 0; i < tree[r].len; i++, rows++) {
+            position[rows] = tree[r].position + i;
+            cache_row[rows] = tree[r].row + i;
         }
     }
-    t->e->rope_qkv(t->e, q, k, v, qkv, NULL, NULL, 0, 0, c, si, position, cache_row, ROWS, H, G, E);
-    Run step[] = {{1, 0, 1, 4}, {3, 1, 1, 2}, {2, 2, 1, 89}}; /* each segment's last token */
-    t->e->attention(t->e, out, NULL, q, k, v, forest, step, 3, H, G, E, 0.2f, s[3]);
-    keep(t, "out", out, (size_t)(3 * H * E), bound(t, 4));
+    size_t angles = TREE_ROWS * half;
+    Act *c = given_as(t, DT_F32, angles), *si = given_as(t, DT_F32, angles), *qkv = given(t, (size_t)(rows * (H + 2 * G) * E)),
+        *q = act(t, (size_t)(rows * H * E)), *k = act(t, kv), *v = act(t, kv), *out = act(t, out_n), *lse = room(t, DT_F32, (size_t)(n * H));
+    t->e->rope_qkv(t->e, q, k, v, qkv, NULL, NULL, 0, 0, c, si, position, cache_row, rows, H, G, E);
+    for (int r = 0; r < n; r++) { /* each segment's last token */
+        step[r] = (Run){SHARED + r, r, 1, tree[SHARED + r].len - 1};
+    }
+    t->e->attention(t->e, out, lse, q, k, v, tree, step, n, H, G, E, 0.2f, s[3]);
+    keep(t, "out", out, out_n, bound(t, 4));
+    keep(t, "lse", lse, (size_t)(n * H), bound(t, 2));
 }
 
 /* ------------------------------------------------------------------------------------------------ losses, sampling, optimizer */
@@ -374,7 +384,7 @@ const OpCase op_cases[] = {
     {"lora", op_lora, {{1, 3, 1, 2, 1, 1}, {9, 20, 7, 5, 33, 4}, {65, 16, 8, 8, 8, 3}}},
     {"attention", op_attention, {{4, 2, 10, 0, 1, 0}, {3, 1, 64, 0, 0, 0}, {4, 4, 16, 7, 1, 0}, {2, 2, 36, 66, 0, 0}, {1, 1, 2, 0, 0, 1}}},
     {"wide attention", op_attention, {{2, 1, 128, 0, 0, 0}, {1, 1, 256, 40, 1, 1}}},
-    {"decoding", op_decode, {{4, 2, 64, 0}, {7, 1, 20, 9}, {24, 1, 16, 0}}},
+    {"decoding", op_decode, {{4, 2, 64, 0, 9}, {7, 1, 20, 9, 8}, {24, 1, 16, 0, 5}, {14, 2, 36, 90, 9}, {2, 2, 16, 310, 7}, {1, 1, 8, 0, 1}}},
     {"losses", op_losses, {{1, 1}, {3, 37}, {64, 100}, {2, 4099}, {5, 40000}}},
     {"sample", op_sample, {{7, 0, 1000, 100, 0}, {1003, 0, 1000, 70, 0}, {1003, 20, 1000, 130, 0}, {501, 0, 600, 100, 0},
                            {777, 50, 900, 100, 0}, {300, 7, 1000, 100, 1}, {300, 0, 500, 100, 1}, {90, 40, 300, 200, 1}, {333, 0, 1, 100, 0}}},
