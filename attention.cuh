@@ -453,8 +453,7 @@ static Parts attend_shared(Cuda *c, Attend a, const T *q, const T *k, const T *v
     parts.out = (float *)work(c, WORK_PARTIAL, rows * (size_t)(a.E + 2) * sizeof(float));
     parts.about = parts.out + rows * (size_t)a.E;
     LAUNCH(c, shared_keys_kernel<T>, dim3((unsigned)items.size(), (unsigned)a.G), ATTEND_THREADS,
-           attention_bytes<T>(a.rows, a.keys, a.width), parts, q, k, v, a, stage(c, items.data(), items.size()),
-           stage(c, below.data(), below.size()));
+           attention_bytes<T>(a.rows, a.keys, a.width), parts, q, k, v, a, stage(c, items), stage(c, below));
     return parts;
 }
 
@@ -478,7 +477,7 @@ static void cuda_attention(Engine *e, Act *out, Act *lse, const Act *q, const Ac
     if (longest == 1) {
         parts = attend_shared(c, a, (const T *)q, (const T *)k, (const T *)v, segment, run, n_runs);
     }
-    a.item = stage(c, items.data(), items.size());
+    a.item = stage(c, items);
     LAUNCH(c, attention_kernel<T>, dim3((unsigned)items.size(), (unsigned)G), ATTEND_THREADS, attention_bytes<T>(a.rows, a.keys, a.width),
            (T *)out, (float *)lse, (const T *)q, (const T *)k, (const T *)v, a, parts);
 }
@@ -705,11 +704,11 @@ static void cuda_attention_backward(Engine *e, Act *dq, Act *dk, Act *dv, const 
     std::vector<Item> queries = tiles_of(run, n_runs, H / G, a.rows), keys = tiles_of(run, n_runs, 1, a.keys);
     stage_forest(c, &a, segment, run, n_runs);
     AttendBack<T> b = {(const T *)q, (const T *)k, (const T *)v, (const T *)dout, (const float *)lse, delta,
-                       stage(c, first.data(), first.size()), stage(c, descendant.data(), descendant.size()), a};
-    b.a.item = stage(c, queries.data(), queries.size());
+                       stage(c, first), stage(c, descendant), a};
+    b.a.item = stage(c, queries);
     LAUNCH(c, attention_dq_kernel<T>, dim3((unsigned)queries.size(), (unsigned)G), ATTEND_THREADS, query_bytes(a.rows, a.keys, a.width),
            (T *)dq, b);
-    b.a.item = stage(c, keys.data(), keys.size());
+    b.a.item = stage(c, keys);
     LAUNCH(c, attention_dkv_kernel<T>, dim3((unsigned)keys.size(), (unsigned)G), ATTEND_THREADS, key_bytes(a.rows, a.keys, a.width), (T *)dk,
            (T *)dv, b);
 }

@@ -131,11 +131,21 @@ struct CopyKey {
 
 /* A small host array on its way to the device: uploaded only when it is not what was uploaded from there last. */
 struct Staged {
-    const void *host;
+    const void *host; /* NULL: an array that an op makes */
     std::vector<char> content;
     void *device;
     size_t room;
-    uint64_t used; /* when it was last asked for */
+    uint64_t used; /* when it was last asked for; a step's: 0 = not uploaded yet */
+};
+
+/* A step of decoding as a CUDA graph. A shape's first step runs op by op, which makes all copies of weights and all working memory that
+ * it needs; its second is recorded; from then on one launch repeats it. What changes from step to step stands in `staged`, arrays of the
+ * step's own, and is uploaded before each launch. Whatever moves memory or changes a weight's copy drops the step (drop_step). */
+struct Step {
+    std::vector<char> shape; /* of the last step; empty: there was none */
+    std::vector<Staged> staged;
+    bool recording;
+    cudaGraphExec_t graph; /* NULL: not recorded */
 };
 
 enum Slot { WORK_A, WORK_B, WORK_PARTIAL, WORK_ROWS, WORK_GEMM, WORK_RESULT, WORK_SLOTS };
@@ -146,6 +156,8 @@ struct Cuda {
     std::map<CopyKey, Copy> copy;
     std::vector<Staged> staged;
     uint64_t stagings;
+    Step step;
+    bool op_by_op; /* steps are never recorded: NLA_GRAPHS=0, for a profiler's sake */
     void *work[WORK_SLOTS];
     size_t work_room[WORK_SLOTS];
     size_t shared_limit; /* bytes of shared memory that a block can have */
@@ -240,6 +252,18 @@ static DType dtype_of(const Cuda *c, const void *p, DType otherwise) {
     return find_piece(c, p, &start, &piece) ? piece.dtype : otherwise;
 }
 
+static void drop_step(Cuda *c) {
+    Step *s = &c->step;
+    if (s->graph) {
+        cudaStreamSynchronize(c->stream);
+        cudaGraphExecDestroy(s->graph);
+    }
+    for (Staged &x : s->staged) {
+        cudaFree(x.device);
+    }
+    *s = Step();
+}
+
 /* What happens to the copies of weights in [from, from + bytes): dropped, or to be made anew at their next use. */
 static void touch_copies(Cuda *c, const void *from, size_t bytes, bool drop) {
     const char *low = (const char *)from, *high = low + bytes;
@@ -250,6 +274,9 @@ static void touch_copies(Cuda *c, const void *from, size_t bytes, bool drop) {
             inside = inside || (s && s >= low && s < high);
         }
         it->second.stale = it->second.stale || inside;
+        if (inside) {
+            drop_step(c);
+        }
         if (inside && drop) {
             cudaFree(it->second.data);
             it = c->copy.erase(it);
@@ -274,6 +301,7 @@ static void cuda_free(Engine *e, void *memory) {
     auto it = c->piece.find((const char *)memory);
     if (it != c->piece.end()) {
         touch_copies(c, memory, it->second.bytes, true);
+        drop_step(c);
         c->piece.erase(it);
         cudaFree(memory);
     }
@@ -282,6 +310,7 @@ static void cuda_free(Engine *e, void *memory) {
 /* Working memory of an op: as large as the largest asked for so far. What was in it is lost when it grows. */
 static void *work(Cuda *c, Slot slot, size_t bytes) {
     if (bytes > c->work_room[slot]) {
+        drop_step(c);
         cudaFree(c->work[slot]); /* waits for what still uses it */
         c->work[slot] = device_memory(bytes);
         c->work_room[slot] = c->work[slot] ? bytes : 0;
@@ -305,36 +334,123 @@ static void copy_out(Cuda *c, void *host, const void *device, size_t bytes) {
     }
 }
 
-/* A small host array (token ids, positions, segments), on the device until STAGED - 1 others have been asked for: an op stages
- * fewer, so what it has staged stays. */
-template <typename S> static const S *stage(Cuda *c, const S *host, size_t count) {
-    size_t bytes = count * sizeof(S);
-    Staged *place = NULL, *oldest = &c->staged[0];
-    for (Staged &s : c->staged) {
-        place = s.host == host && s.content.size() == bytes ? &s : place;
-        oldest = s.used < oldest->used ? &s : oldest;
-    }
-    bool same = place && memcmp(place->content.data(), host, bytes) == 0;
-    place = place ? place : oldest;
-    place->used = ++c->stagings;
-    if (same) {
-        return (const S *)place->device;
-    }
-    if (bytes > place->room) {
-        cudaFree(place->device);
-        place->room = 2 * bytes;
-        place->device = device_memory(place->room);
-        if (!place->device) {
-            set_failed(c, "GPU: no memory for an array of %zu bytes", place->room);
-            place->room = 0;
+/* An array's place among `all`: where this host array was before, with room for it; else `otherwise`. */
+static Staged *staged_place(std::vector<Staged> &all, const void *host, const void *content, size_t bytes, Staged *otherwise) {
+    for (Staged &s : all) {
+        bool same = s.content.size() == bytes && s.host == host;
+        if (same && (host || memcmp(s.content.data(), content, bytes) == 0)) {
+            return &s;
         }
     }
-    place->host = host;
-    place->content.assign((const char *)host, (const char *)host + bytes);
-    if (place->device) {
-        copy_in(c, place->device, host, bytes);
+    return otherwise;
+}
+
+static void upload(Cuda *c, Staged *s, const void *content, size_t bytes) {
+    if (bytes > s->room) {
+        cudaFree(s->device);
+        s->room = 2 * bytes;
+        s->device = device_memory(s->room);
+        if (!s->device) {
+            set_failed(c, "GPU: no memory for an array of %zu bytes", s->room);
+            s->room = 0;
+        }
     }
-    return (const S *)place->device;
+    s->content.assign((const char *)content, (const char *)content + bytes);
+    if (s->device && !c->step.recording) { /* else it is uploaded before the step runs */
+        copy_in(c, s->device, s->content.data(), bytes);
+    }
+}
+
+/* An array of the step that is being recorded. */
+static const void *stage_in_step(Cuda *c, const void *host, const void *content, size_t bytes) {
+    Staged *place = staged_place(c->step.staged, host, content, bytes, NULL);
+    if (!place) {
+        c->step.staged.push_back(Staged());
+        place = &c->step.staged.back();
+        place->host = host;
+        upload(c, place, content, bytes);
+    }
+    return place->device;
+}
+
+static const void *stage_bytes(Cuda *c, const void *host, const void *content, size_t bytes) {
+    if (c->step.recording) {
+        return stage_in_step(c, host, content, bytes);
+    }
+    Staged *oldest = &c->staged[0];
+    for (Staged &s : c->staged) {
+        oldest = s.used < oldest->used ? &s : oldest;
+    }
+    Staged *place = staged_place(c->staged, host, content, bytes, oldest);
+    bool same = place->host == host && place->content.size() == bytes && memcmp(place->content.data(), content, bytes) == 0;
+    place->used = ++c->stagings;
+    if (!same) {
+        place->host = host;
+        upload(c, place, content, bytes);
+    }
+    return place->device;
+}
+
+/* A small host array (token ids, positions, segments), on the device until STAGED - 1 others have been asked for: an op stages
+ * fewer, so what it has staged stays. One that the caller has may change from step to step; one that an op makes (a vector) must
+ * follow from the step's shape alone. */
+template <typename S> static const S *stage(Cuda *c, const S *host, size_t count) {
+    return (const S *)stage_bytes(c, host, host, count * sizeof(S));
+}
+
+template <typename S> static const S *stage(Cuda *c, const std::vector<S> &made) {
+    return (const S *)stage_bytes(c, NULL, made.data(), made.size() * sizeof(S));
+}
+
+/* ---- steps */
+
+static void run_step(Cuda *c) {
+    for (Staged &s : c->step.staged) {
+        if (s.host && memcmp(s.content.data(), s.host, s.content.size()) != 0) {
+            memcpy(s.content.data(), s.host, s.content.size());
+            s.used = 0;
+        }
+        if (s.used++ == 0) {
+            copy_in(c, s.device, s.content.data(), s.content.size());
+        }
+    }
+    good(c, cudaGraphLaunch(c->step.graph, c->stream), "a recorded step");
+}
+
+static bool cuda_begin_step(Engine *e, const void *shape, size_t bytes) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    Step *s = &c->step;
+    if (c->failed[0] || c->op_by_op) {
+        return false;
+    }
+    if (s->shape.size() != bytes || memcmp(s->shape.data(), shape, bytes) != 0) {
+        drop_step(c);
+        s->shape.assign((const char *)shape, (const char *)shape + bytes);
+        return false;
+    }
+    if (s->graph) {
+        run_step(c);
+        return true;
+    }
+    s->recording = good(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed), "recording a step");
+    return false;
+}
+
+static void cuda_end_step(Engine *e) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    Step *s = &c->step;
+    cudaGraph_t graph = NULL;
+    if (!s->recording) {
+        return;
+    }
+    s->recording = false;
+    if (good(c, cudaStreamEndCapture(c->stream, &graph), "recording a step") &&
+        good(c, cudaGraphInstantiate(&s->graph, graph, 0), "making a recorded step")) {
+        cudaGraphDestroy(graph);
+        run_step(c);
+    }
 }
 
 static void cuda_read(Engine *e, float *host, const Act *x, size_t offset, size_t count) {
@@ -550,11 +666,7 @@ static float shim_number(const void *p, DType dtype, size_t i) {
     return dtype == DT_F32 ? ((const float *)p)[i] : widen(((const bf16 *)p)[i]);
 }
 
-static void gemm(Cuda *c, const Gemm &g) {
-    if (c->failed[0] || g.M == 0 || g.N == 0) {
-        return;
-    }
-    shim_begin("gemm");
+static void gemm_loops(const Gemm &g) {
     std::vector<float> a((size_t)g.M * (size_t)g.K), b((size_t)g.N * (size_t)g.K);
     for (size_t k = 0; k < (size_t)g.K; k++) {
         for (size_t m = 0; m < (size_t)g.M; m++) {
@@ -580,7 +692,12 @@ static void gemm(Cuda *c, const Gemm &g) {
             }
         }
     }
-    shim_end();
+}
+
+static void gemm(Cuda *c, const Gemm &g) {
+    if (!c->failed[0] && g.M > 0 && g.N > 0) {
+        shim_library("gemm", [g] { gemm_loops(g); });
+    }
 }
 
 static bool gemm_open(Cuda *c, Err *err) { return (void)c, (void)err, true; }
@@ -1125,7 +1242,7 @@ static void cuda_embed_backward(Engine *e, const Tensor *dtable, const Act *dx, 
     }
     if (!id.empty()) {
         LAUNCH(c, embed_backward_kernel<T>, (unsigned)id.size(), row_threads(D), 0, (float *)dtable->data, (const T *)dx,
-               stage(c, id.data(), id.size()), stage(c, first.data(), first.size()), stage(c, row.data(), row.size()), D, scale);
+               stage(c, id), stage(c, first), stage(c, row), D, scale);
     }
 }
 
@@ -1647,6 +1764,7 @@ template <typename T> static void fill_table(Engine *e) {
 static void cuda_close(Engine *e) {
     Cuda *c = cuda_of(e);
     cudaStreamSynchronize(c->stream);
+    drop_step(c);
     for (auto &entry : c->copy) {
         cudaFree(entry.second.data);
     }
@@ -1695,7 +1813,9 @@ static bool open_device(Cuda *c, DType act, Err *err) {
 
 Engine *engine_open_cuda(DType act, Err *err) {
     Cuda *c = new Cuda();
+    const char *graphs = getenv("NLA_GRAPHS");
     c->staged.resize(STAGED);
+    c->op_by_op = graphs && strcmp(graphs, "0") == 0;
     if (!open_device(c, act, err) || !gemm_open(c, err)) {
         delete c;
         return NULL;
@@ -1714,6 +1834,8 @@ Engine *engine_open_cuda(DType act, Err *err) {
     e->unview = cuda_unview;
     e->forget = cuda_forget;
     e->check = cuda_check;
+    e->begin_step = cuda_begin_step;
+    e->end_step = cuda_end_step;
     e->close = cuda_close;
     e->sample = cuda_sample;
     e->zero = cuda_zero;

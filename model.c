@@ -1101,14 +1101,46 @@ static void forward_logits(Forest *f, const Batch *b, const LogitSink *logits, c
     }
 }
 
-int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap, Err *err) {
+/* What two steps of decoding have in common when they differ only in tokens, positions and the lengths of the rows' own segments
+ * (stb): where everything stands, and the forest. */
+static int64_t *step_shape(const Forest *f, const Batch *b) {
+    const void *const places[] = {f->model, f->x, f->segment, f->position, f->cache_row, b->token, b->run};
+    int64_t *shape = NULL;
+    for (int i = 0; i < 7; i++) {
+        arrput(shape, (int64_t)(intptr_t)places[i]);
+    }
+    size_t from = arrlenu(shape);
+    for (int i = 0; i < (int)arrlen(f->segment); i++) {
+        const Segment *s = &f->segment[i];
+        arrput(shape, s->parent);
+        arrput(shape, s->row);
+        arrput(shape, s->len);
+    }
+    for (int r = 0; r < (int)arrlen(b->run); r++) {
+        shape[from + 3 * (size_t)b->run[r].seg + 2] = -1; /* its length grows */
+        arrput(shape, b->run[r].seg);
+        arrput(shape, b->run[r].row);
+    }
+    return shape;
+}
+
+/* Whether the engine has done the whole step. Only steps of decoding are repeated: a token a row, nothing looked at on the way. */
+static bool begin_step(const Forest *f, const Batch *b, const Tap *tap) {
+    Engine *e = f->model->engine;
+    bool step = e->begin_step && !tap && !f->kept && arrlen(b->inject) == 0 && arrlen(b->run) == arrlen(b->token);
+    if (!step) {
+        return false;
+    }
+    int64_t *shape = step_shape(f, b);
+    bool done = e->begin_step(e, shape, arrlenu(shape) * sizeof(int64_t));
+    arrfree(shape);
+    return done;
+}
+
+static void forward_blocks(Forest *f, const Batch *b, const Tap *tap) {
     const Model *m = f->model;
     Engine *e = m->engine;
     int N = (int)arrlen(b->token), D = m->config.hidden_size;
-    if (check_batch(f, b, logits, err) != 0) {
-        return -1;
-    }
-    place_rows(f, b);
     Act *x = kept(f, 0).in;
     e->embed(e, x, &m->embed, b->token, N, D, m->config.embed_scale);
     for (int i = 0; i < (int)arrlen(b->inject); i++) {
@@ -1117,6 +1149,20 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
     seen(tap, e, "model.embed_tokens", -1, x, 0, N, D);
     for (int layer = 0; layer < f->blocks; layer++) {
         forward_block(f, b, layer, tap);
+    }
+}
+
+int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap, Err *err) {
+    Engine *e = f->model->engine;
+    if (check_batch(f, b, logits, err) != 0) {
+        return -1;
+    }
+    place_rows(f, b);
+    if (!begin_step(f, b, tap)) {
+        forward_blocks(f, b, tap);
+        if (e->end_step) {
+            e->end_step(e);
+        }
     }
     if (logits) {
         forward_logits(f, b, logits, tap);

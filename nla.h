@@ -337,6 +337,10 @@ struct Engine {
      * be called before host memory that held weights is freed, unmapped or written: the copies of what is in it are dropped. */
     void (*forget)(Engine *e, const void *host, size_t bytes);
     int (*check)(Engine *e, Err *err); /* ops report nothing: -1 when one has failed (a GPU's memory or launch) since the opening */
+    /* A step of decoding on its way to the ops (NULL: an engine that repeats nothing). Steps of equal `shape` are the same ops on the same
+     * memory and host arrays; only what stands in them differs. begin_step may do the whole step: true, and the ops are left out. */
+    bool (*begin_step)(Engine *e, const void *shape, size_t bytes);
+    void (*end_step)(Engine *e);
     void (*close)(Engine *e);
 
     /* out[n,:] = table[token[n],:] * scale                                             out [N,D], table [V,D] */

@@ -50,6 +50,14 @@ MUTANTS = [
     ("a number that no thread updates", "kernels/adamw", "i < count && i < from + 1024; i += blockDim.x) {\n        float gradient",
      "i < count && i < from + 1024 - (MUTANT == %d); i += blockDim.x) {\n        float gradient"),
     ("an exchange left out", "kernels/attention", "    sum = warp_sum(sum);\n    if (pair < pairs", "    sum = MUTANT == %d ? sum : warp_sum(sum);\n    if (pair < pairs"),
+    ("a recorded step that goes on with what its arrays held", "kernels/recorded_steps", "if (s.host && memcmp(s.content.data(), s.host,",
+     "if (MUTANT != %d && s.host && memcmp(s.content.data(), s.host,"),
+    ("a recorded step taken for another of the same size", "kernels/recorded_steps", "|| memcmp(s->shape.data(), shape, bytes) != 0",
+     "|| (MUTANT != %d && memcmp(s->shape.data(), shape, bytes) != 0)"),
+    ("a recorded step that reads a weight's old copy", "kernels/a_step_is_recorded_anew", "if (inside) {\n            drop_step(c);",
+     "if (inside && MUTANT != %d) {\n            drop_step(c);"),
+    ("a recorded step that writes to memory that was freed", "kernels/a_step_is_recorded_anew", "        drop_step(c);\n        c->piece.erase(it);",
+     "        if (MUTANT != %d) { drop_step(c); }\n        c->piece.erase(it);"),
 ]
 
 text = open("kernels.cu").read().replace('#include "attention.cuh"', open("attention.cuh").read())

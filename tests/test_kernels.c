@@ -184,6 +184,121 @@ Test(kernels, a_failed_allocation_is_reported_and_nothing_runs_after_it) {
     wipe(&t);
 }
 
+/* ------------------------------------------------------------------------------------------------ recorded steps */
+
+enum { DECODES = 3, SAID = 2000 };
+
+/* Three times two prompts of three samples each below a common segment, drawn on an engine that it opens: every token and its
+ * log-probability. The first time rows end at different steps; the third differs from the second in the prompts' lengths alone. */
+static int say(Engine *e, float *said, int64_t *rows) {
+    Err err = {0};
+    Model m;
+    Forest f;
+    Batch b = {0};
+    int prompt[24], n = 0, *eos = NULL;
+    cr_assert(adapted_load(&m, "tests/golden/pair_gemma3/av", 0, e, &err) == 0, "%s", err.msg);
+    cr_assert(forest_open(&f, &m, m.config.n_layers, 300, 64, FORWARD, &err) == 0, "%s", err.msg);
+    for (int i = 0; i < m.config.vocab_size; i += 6) {
+        arrput(eos, i);
+    }
+    for (int i = 0; i < 24; i++) {
+        prompt[i] = (int)(random_uniform(9, (uint64_t)i, 0, 0) * m.config.vocab_size);
+    }
+    for (int turn = 0; turn < DECODES; turn++) {
+        Decoder d = {.how = {.sampler = {1, 0, 1, 5}, .max_tokens = 9, .ignore_eos = turn > 0}, .eos = eos, .vocab_size = m.config.vocab_size};
+        forest_cut(&f, 0);
+        int root = forest_add(&f, -1, 20, &err), length = turn == 2 ? 5 : 3;
+        cr_assert(feed(&f, &b, root, prompt, 20, NULL, &err) == 0, "%s", err.msg);
+        for (int i = 0; i < 2; i++) {
+            int tail = forest_add(&f, root, length, &err);
+            cr_assert(feed(&f, &b, tail, prompt + i, length, NULL, &err) == 0 && decoder_add(&d, &f, tail, i, prompt[i + length], 3, &err) == 0);
+        }
+        *rows += decode(&d, &f, &b, &err);
+        for (int i = 0; i < 6; i++) {
+            for (int j = 0; j < (int)arrlen(d.sample[i].logprob); j++) {
+                said[n++] = d.sample[i].logprob[j];
+                said[n++] = j < (int)arrlen(d.sample[i].ids) ? (float)d.sample[i].ids[j] : -1;
+            }
+        }
+        decoder_free(&d);
+    }
+    forest_close(&f);
+    batch_free(&b);
+    model_free(&m);
+    arrfree(eos);
+    e->close(e);
+    return n;
+}
+
+/* The same numbers, bit for bit, as when every op of every step is launched by itself; and the CPU's tokens. */
+Test(kernels, recorded_steps_are_the_steps_that_run_op_by_op) {
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        float want[SAID], have[SAID], cpu[SAID];
+        int64_t rows = 0;
+        Err err = {0};
+        size_t graphs = shim_launches("graph");
+        setenv("NLA_GRAPHS", "0", 1);
+        int n = say(open_shim(bf16 ? DT_BF16 : DT_F32), want, &rows);
+        cr_assert(shim_launches("graph") == graphs);
+        unsetenv("NLA_GRAPHS");
+        cr_assert(say(open_shim(bf16 ? DT_BF16 : DT_F32), have, &rows) == n);
+        cr_assert(memcmp(want, have, (size_t)n * sizeof(float)) == 0);
+        cr_assert(say(engine_open(1, false, &err), cpu, &rows) == n || bf16);
+        for (int i = 0; i < n && !bf16; i++) {
+            cr_assert(i % 2 ? have[i] == cpu[i] : fabsf(have[i] - cpu[i]) < 1e-4f, "%d: %g instead of %g", i, (double)have[i], (double)cpu[i]);
+        }
+        graphs = shim_launches("graph") - graphs; /* of the second and third time all steps but the first, of the first some */
+        cr_assert(graphs > 16 && graphs < 16 + 9, "%zu steps were recorded ones", graphs);
+    }
+    cr_assert(shim_buffers() == 0);
+}
+
+/* A step of one product. */
+static float step_of(Engine *e, const Linear *linear, const Act *x, Act *y) {
+    float out;
+    if (!e->begin_step(e, "shape", 5)) {
+        e->linear(e, y, x, linear, 1);
+        e->end_step(e);
+    }
+    e->read(e, &out, y, 0, 1);
+    return out;
+}
+
+Test(kernels, a_step_is_recorded_anew_when_a_weight_or_memory_has_changed) {
+    OpTape t = {.e = open_shim(DT_BF16)};
+    Engine *e = t.e;
+    float w[2] = {1, 2};
+    Linear linear = {.n = 1, .in = 2, .out = 1, .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {1, 2}, .data = w, .bytes = sizeof w}}};
+    Act *x = room(&t, e->act_dtype, 2), *out = e->alloc(e, e->act_dtype, 1), *trained = room(&t, DT_F32, 2);
+    e->write(e, x, 0, (float[]){1, 1}, 2);
+    e->write(e, trained, 0, (float[]){4, 8}, 2);
+    for (int i = 0; i < 5; i++) { /* op by op, as is the next since working memory has grown; recorded; twice replayed */
+        cr_assert(step_of(e, &linear, x, out) == 3);
+        cr_assert(shim_launches("graph") == (size_t)(i > 1 ? i - 1 : 0));
+    }
+    e->forget(e, w, sizeof w);
+    w[0] = 5;
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 7);
+    }
+    e->free(e, out);
+    out = e->alloc(e, e->act_dtype, 100);
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 7);
+    }
+    linear.w[0].data = trained;
+    e->forget(e, w, sizeof w); /* another weight is another shape: here the shape is always the same */
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 12);
+    }
+    e->write(e, trained, 0, (float[]){6, 8}, 2);
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 14);
+    }
+    e->free(e, out);
+    wipe(&t);
+}
+
 /* ------------------------------------------------------------------------------------------------ whole passes in bf16 */
 
 typedef struct {
