@@ -6,11 +6,11 @@
  * What must stay true: every sum has one fixed order. There are no atomics: work is divided by outputs, and long sums go through
  * chunks whose borders depend on sizes alone. Same seed, same GPU, same library: same bits.
  *
- * Order: number formats, sums; the engine's memory; matrix products; row by row ops; RoPE; attention (attention.cuh); losses and sampling; the
- * optimizer; the table. tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are
+ * Order: number formats, sums; the engine's memory; matrix products (tiles.cuh: a block's own; quantised.cuh: weights of one byte); row by
+ * row ops; RoPE; attention (attention.cuh); losses and sampling; the optimizer; the table. tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are
  * launched through LAUNCH, and shared memory is asked for through SHARED and SHARED_DYNAMIC, for its sake.
  */
-#include "nla.h"
+#include "quantise.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -126,7 +126,10 @@ struct Copy {
 struct CopyKey {
     const void *first;
     size_t count;
-    bool operator<(const CopyKey &b) const { return first != b.first ? first < b.first : count < b.count; }
+    WeightFormat format;
+    bool operator<(const CopyKey &b) const {
+        return first != b.first ? first < b.first : count != b.count ? count < b.count : format < b.format;
+    }
 };
 
 /* A small host array on its way to the device: uploaded only when it is not what was uploaded from there last. */
@@ -570,33 +573,41 @@ template <typename T> static void fill_copy(Cuda *c, T *out, const Tensor *t, si
     }
 }
 
-/* The copy of n tensors one behind the other, count numbers in all; zeros where one has no data. */
-template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int n, const size_t *counts) {
-    size_t count = 0;
+/* The copy of n tensors of `count` numbers in all, stale when it has just been made. NULL: there is no memory for it. */
+static Copy *find_copy(Cuda *c, const Tensor *t, int n, size_t count, size_t bytes, WeightFormat format) {
     const void *first = NULL;
     for (int i = 0; i < n; i++) {
-        count += counts[i];
         first = first ? first : t[i].data;
+    }
+    auto it = c->copy.find(CopyKey{first, count, format});
+    if (it == c->copy.end()) {
+        Copy made = {{NULL, NULL, NULL}, device_memory(bytes), true};
+        if (!made.data) {
+            set_failed(c, "GPU: no memory for the weights; use adapters, --weights int8, a smaller model or smaller batches");
+            return NULL;
+        }
+        for (int i = 0; i < n; i++) {
+            made.source[i] = t[i].data;
+        }
+        it = c->copy.insert({CopyKey{first, count, format}, made}).first;
+    }
+    return &it->second;
+}
+
+/* The copy of n tensors one behind the other; zeros where one has no data. */
+template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int n, const size_t *counts) {
+    size_t count = 0;
+    for (int i = 0; i < n; i++) {
+        count += counts[i];
     }
     const char *start;
     Piece piece;
     if (n == 1 && t->dtype == DTYPE<T> && find_piece(c, t->data, &start, &piece)) {
         return (const T *)t->data;
     }
-    auto it = c->copy.find(CopyKey{first, count});
-    if (it == c->copy.end()) {
-        Copy made = {{NULL, NULL, NULL}, device_memory(count * sizeof(T)), true};
-        if (!made.data) {
-            set_failed(c, "GPU: no memory for the weights; use adapters, a smaller model or smaller batches");
-            return NULL;
-        }
-        for (int i = 0; i < n; i++) {
-            made.source[i] = t[i].data;
-        }
-        it = c->copy.insert({CopyKey{first, count}, made}).first;
-    }
-    if (it->second.stale) {
-        T *out = (T *)it->second.data;
+    Copy *copy = find_copy(c, t, n, count, count * sizeof(T), WEIGHTS_AS_STORED);
+    if (copy && copy->stale) {
+        T *out = (T *)copy->data;
         for (int i = 0; i < n; out += counts[i], i++) {
             if (t[i].data) {
                 fill_copy<T>(c, out, &t[i], counts[i]);
@@ -604,9 +615,9 @@ template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int
                 good(c, cudaMemsetAsync(out, 0, counts[i] * sizeof(T), c->stream), "zero");
             }
         }
-        it->second.stale = false;
+        copy->stale = false;
     }
-    return (const T *)it->second.data;
+    return copy ? (const T *)copy->data : NULL;
 }
 
 /* A stack of matrices as one [out, in]; its biases as one [out] (NULL: none has any); one matrix; a norm's weights. */
@@ -861,14 +872,28 @@ template <typename T> __global__ void add_bias_kernel(T *y, const float *b, int 
     }
 }
 
+#include "tiles.cuh"
+
+#include "quantised.cuh"
+
 template <typename T> static void cuda_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     RANGE();
     Cuda *c = cuda_of(e);
-    const T *W = matrices_of<T>(c, w), *in = as_act<T>(c, WORK_A, x, (size_t)N * (size_t)w->in);
     const float *b = biases_of(c, w);
     size_t I = (size_t)w->in, O = (size_t)w->out;
     DType to = dtype_of(c, out, DTYPE<T>);
-    gemm(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0});
+    if (w->format == WEIGHTS_AS_STORED) {
+        const T *W = matrices_of<T>(c, w), *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
+        gemm(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0});
+    } else {
+        Quantised q = quantised_copy<T>(c, w);
+        const T *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
+        if (N <= FEW_ROWS) {
+            few_rows<T>(c, out, to, in, q, b, w, N);
+            return;
+        }
+        many_rows<T>(c, out, to, in, q, w, N);
+    }
     if (b && to == DT_F32) {
         LAUNCH(c, add_bias_kernel<float>, (unsigned)N, row_threads(w->out), 0, (float *)out, b, w->out);
     } else if (b) {

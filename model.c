@@ -482,6 +482,7 @@ static int load_block(Loader *l, int layer) {
     } else if (!bad) {
         bad = take(l, &b->mlp_in_norm, prefix, "post_attention_layernorm.weight", D, 0) != 0;
     }
+    b->qkv.format = b->o.format = b->gate_up.format = b->down.format = l->model->engine->weights;
     free(prefix);
     return bad ? -1 : 0;
 }
@@ -590,6 +591,23 @@ size_t model_parameters(const Model *m) {
              tensor_elements(&b->mlp_out_norm) + tensor_elements(&b->q_norm) + tensor_elements(&b->k_norm);
     }
     return n;
+}
+
+size_t model_bytes(const Model *m, DType act, WeightFormat format) {
+    size_t matrices = 0, rows = 0, vectors = tensor_elements(&m->final_norm), one = dtype_size(act);
+    size_t tables = tensor_elements(&m->embed) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
+    for (int i = 0; i < m->config.n_layers; i++) {
+        const Block *b = &m->block[i];
+        const Linear *const stack[] = {&b->qkv, &b->o, &b->gate_up, &b->down};
+        for (int j = 0; j < 4; j++) {
+            size_t n = (size_t)stack[j]->in * (size_t)stack[j]->out;
+            matrices += n;
+            rows += (size_t)stack[j]->out;
+            vectors += linear_elements(stack[j]) - n;
+        }
+    }
+    vectors += model_parameters(m) - matrices - tables - vectors; /* norms */
+    return tables * one + vectors * sizeof(float) + (format == WEIGHTS_AS_STORED ? matrices * one : matrices + rows * sizeof(float));
 }
 
 /* ------------------------------------------------------------------------------------------------ tensors by name */

@@ -294,6 +294,7 @@ typedef struct {
 typedef void Act;
 
 /* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
+typedef enum { WEIGHTS_AS_STORED, WEIGHTS_INT8, WEIGHTS_FP8 } WeightFormat; /* a byte a weight, a scale a row: quantise.h */
 typedef struct Linear Linear;
 typedef struct Lora Lora;
 struct Linear {
@@ -301,6 +302,7 @@ struct Linear {
     Tensor w[3];  /* [O_i, I] */
     Tensor b[3];  /* [O_i], data NULL when there is none */
     int in, out;  /* I, sum of O_i */
+    WeightFormat format; /* that `linear` rounds it to, at its first use */
     Lora *lora;   /* NULL: none */
 };
 
@@ -322,6 +324,7 @@ struct Engine {
     DType act_dtype;      /* of activations: DT_F32, or DT_BF16 on a GPU */
     bool bf16_dot;        /* products of bf16-rounded inputs, summed in fp32 (opt-in; CPU with AVX512-BF16) */
     int threads;
+    WeightFormat weights; /* what models that are loaded from now on round their blocks' matrices to: set by whoever opens the engine */
     void *scratch;        /* the engine's own */
 
     /* Memory of the engine. alloc zeroes nothing and returns NULL when there is not enough. */
@@ -483,6 +486,8 @@ typedef struct {
 int model_load(Model *model, const char *dir, Engine *engine, Err *err);
 void model_free(Model *model);
 size_t model_parameters(const Model *model);
+/* Bytes that its weights take as an engine of its own memory keeps them: in `act`, the blocks' matrices in `format` (norms in fp32). */
+size_t model_bytes(const Model *model, DType act, WeightFormat format);
 /* A model's tensors under the names that their files give them (stb; named_free): of the model itself (a tied head once, as the
  * embedding), and of its adapters under PEFT's names. */
 typedef struct {
@@ -1098,7 +1103,7 @@ struct Settings {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations;
+        *sidecar, *html, *train, *config, *dtype, *documents, *parts, *by, *stage, *explanations, *weights;
     int positions_per_doc, min_context;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;
     int64_t seed;

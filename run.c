@@ -1205,6 +1205,9 @@ static int print_plan(const TrainRun *r, Err *err) {
 static int start_run(TrainRun *r, const Settings *s, Err *err) {
     char *checkpoint = NULL;
     struct stat st;
+    if (s->weights) {
+        return fail(err, "--weights rounds weights for inference; training needs them as they are stored: leave it out");
+    }
     if (s->resume) { /* before anything is opened */
         checkpoint = checkpoint_latest(r, err);
         if (!checkpoint) {

@@ -195,6 +195,19 @@ static void op_linear(OpTape *t, const int *s) { /* rows, in, two outs, dtype, b
     }
 }
 
+/* Weights of a byte: few rows (a kernel of its own) and many (written out for the library). */
+static void op_rounded(OpTape *t, const int *s) { /* rows, in, two outs, format, bias */
+    int N = s[0], I = s[1], O[] = {s[2], s[3]};
+    Linear w = stack(t, O, 2, I, DT_BF16, s[5]);
+    size_t out = (size_t)N * (size_t)w.out;
+    Act *x = given(t, (size_t)N * (size_t)I), *y = act(t, out), *wide = room(t, DT_F32, out);
+    w.format = (WeightFormat)s[4];
+    t->e->linear(t->e, y, x, &w, N);
+    keep(t, "y", y, out, bound(t, 2)); /* many rows: code * scale is rounded to bf16 */
+    t->e->linear(t->e, wide, x, &w, N);
+    keep(t, "y in fp32", wide, out, N <= 64 ? 1e-5 : bound(t, 1));
+}
+
 static void op_lora(OpTape *t, const int *s) { /* rows, in, outs of three, rank */
     int N = s[0], I = s[1], O[] = {s[2], s[3], s[4]}, R = s[5], low = 2 * R;
     Linear w = stack(t, O, 3, I, DT_BF16, false);
@@ -381,6 +394,8 @@ const OpCase op_cases[] = {
     {"rows", op_rows, {{1, 1, 1}, {9, 33, 4}, {20, 64, 7}, {3, 1027, 2}}},
     {"linear", op_linear, {{1, 1, 1, 1, DT_F32, 1}, {7, 40, 5, 2, DT_BF16, 1}, {70, 67, 9, 30, DT_F16, 0}, {3, 300, 4, 3, DT_F32, 1},
                            {300, 8, 24, 8, DT_BF16, 1}}},
+    {"rounded", op_rounded, {{1, 16, 1, 1, WEIGHTS_INT8, 1}, {5, 300, 40, 50, WEIGHTS_FP8, 1}, {17, 272, 9, 70, WEIGHTS_INT8, 0},
+                             {64, 528, 70, 3, WEIGHTS_FP8, 0}, {67, 40, 5, 90, WEIGHTS_INT8, 1}, {70, 33, 4, 4, WEIGHTS_FP8, 1}}},
     {"lora", op_lora, {{1, 3, 1, 2, 1, 1}, {9, 20, 7, 5, 33, 4}, {65, 16, 8, 8, 8, 3}}},
     {"attention", op_attention, {{4, 2, 10, 0, 1, 0}, {3, 1, 64, 0, 0, 0}, {4, 4, 16, 7, 1, 0}, {2, 2, 36, 66, 0, 0}, {1, 1, 2, 0, 0, 1}}},
     {"wide attention", op_attention, {{2, 1, 128, 0, 0, 0}, {1, 1, 256, 40, 1, 1}}},
@@ -566,6 +581,7 @@ int run_verify(const Settings *s, Err *err) {
     cuda.device = "cuda";
     int status = cpu ? open_engine(&gpu, &cuda, err) : -1;
     if (status == 0) {
+        cpu->weights = gpu->weights; /* the whole model with --weights */
         note(s, "%s against %s: the largest difference, relative to the largest number expected\n", gpu->name, cpu->name);
     }
     for (const OpCase *c = op_cases; c->name && status == 0; c++) {

@@ -65,6 +65,8 @@ says 2 "there is no command 'genrate' (did you mean generate?)" "$NLA" genrate
 says 2 "there is no command 'fly'" "$NLA" fly
 says 2 "unknown option --modle (did you mean --model?)" "$NLA" generate --modle x y
 says 2 "unknown option -m" "$NLA" generate -m x
+says 1 "--weights takes int8 or fp8, not 'int4'" "$NLA" generate --model x --weights int4 hello
+says 1 "training needs them as they are stored" "$NLA" train av "out=$work/x" av=y data=z --weights int8
 says 2 "--model needs a value" "$NLA" generate hello --model
 says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens many x
 says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens 1.5 x

@@ -3,12 +3,13 @@ its number in the environment's NLA_MUTANT, and prints a line for each: number, 
 
     tests/mutants.py OUT
 """
+import re
 import sys
 
 BARRIER = "__syncthreads();"
 MAYBE = "if (MUTANT != %d) { __syncthreads(); }"
 
-# what it is, the tests that must find it, what stands in kernels.cu or attention.cuh (once), what takes its place (%d: the mutant's number)
+# what it is, the tests that must find it, what stands in kernels.cu with its parts (once), what takes its place (%d: the mutant's number)
 MUTANTS = [
     ("off by one: a row's end", "kernels/rows",
      "for (int d = (int)threadIdx.x * W; d < D; d +=", "for (int d = (int)threadIdx.x * W; d < D + (MUTANT == %d ? W : 0); d +="),
@@ -58,12 +59,15 @@ MUTANTS = [
      "if (inside && MUTANT != %d) {\n            drop_step(c);"),
     ("a recorded step that writes to memory that was freed", "kernels/a_step_is_recorded_anew", "        drop_step(c);\n        c->piece.erase(it);",
      "        if (MUTANT != %d) { drop_step(c); }\n        c->piece.erase(it);"),
+    ("missing barrier before the next codes are loaded", "kernels/weights_of_one_byte", BARRIER + " /* before the next tile is loaded, and", MAYBE + " /* before the next tile is loaded, and"),
+    ("off by one: a row's scale", "kernels/weights_of_one_byte", "narrow<T>(sum * scale[o]", "narrow<T>(sum * scale[o > 0 ? o - (MUTANT == %d) : o]"),
+    ("sums of a chunk that begin with what was there", "kernels/weights_of_one_byte", "ld, ld, lds}, k > from);", "ld, ld, lds}, k > from || MUTANT == %d);"),
 ]
 
-text = open("kernels.cu").read().replace('#include "attention.cuh"', open("attention.cuh").read())
+text = re.sub(r'#include "(\w+\.cuh)"', lambda part: open(part[1]).read(), open("kernels.cu").read())
 for number, (what, suite, old, new) in enumerate(MUTANTS, 1):
     if text.count(old) != 1:
-        sys.exit("tests/mutants.py: %r must stand once in kernels.cu and attention.cuh, it stands %d times" % (old, text.count(old)))
+        sys.exit("tests/mutants.py: %r must stand once in kernels.cu with its parts, it stands %d times" % (old, text.count(old)))
     text = text.replace(old, new % number)
     print(number, suite, what)
 text = text.replace('#include "nla.h"', '#include "nla.h"\n#include <cstdlib>\nstatic const int MUTANT = atoi(getenv("NLA_MUTANT"));', 1)

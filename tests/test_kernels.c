@@ -103,6 +103,7 @@ Test(kernels, gated) { check("gated"); }
 Test(kernels, rows) { check("rows"); }
 Test(kernels, linear) { check("linear"); }
 Test(kernels, lora) { check("lora"); }
+Test(kernels, weights_of_one_byte) { check("rounded"); }
 Test(kernels, attention) { check("attention"); }
 Test(kernels, attention_wide_heads) { check("wide attention"); }
 Test(kernels, attention_of_single_tokens) { check("decoding"); }
