@@ -458,6 +458,11 @@ static void cpu_add(Engine *e, Act *out, const Act *x, const Act *y, size_t coun
     }
 }
 
+static void cpu_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one) {
+    cpu_add(e, sum, x, y, (size_t)N * (size_t)D);
+    cpu_rmsnorm(e, out, sum, w, N, D, eps, plus_one);
+}
+
 static void cpu_gather(Engine *e, Act *out, const Act *x, const int *row, int n, int D) {
     (void)e;
     for (int i = 0; i < n; i++) {
@@ -876,6 +881,7 @@ Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err) {
         .attention = cpu_attention,
         .gated = cpu_gated,
         .add = cpu_add,
+        .add_rmsnorm = cpu_add_rmsnorm,
         .gather = cpu_gather,
         .sample = cpu_sample,
     };

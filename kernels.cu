@@ -594,15 +594,24 @@ static Copy *find_copy(Cuda *c, const Tensor *t, int n, size_t count, size_t byt
     return &it->second;
 }
 
+/* Whether n tensors stand in the engine's memory as their copy would, aligned like it: trained weights of the engine's own format. */
+template <typename T> static bool stands_as(const Cuda *c, const Tensor *t, int n, const size_t *counts) {
+    const char *start;
+    Piece piece;
+    bool as = (uintptr_t)t->data % 16 == 0 && find_piece(c, t->data, &start, &piece);
+    for (int i = 0; i < n; i++) {
+        as = as && t[i].dtype == DTYPE<T> && (i == 0 || t[i].data == (const T *)t[i - 1].data + counts[i - 1]);
+    }
+    return as;
+}
+
 /* The copy of n tensors one behind the other; zeros where one has no data. */
 template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int n, const size_t *counts) {
     size_t count = 0;
     for (int i = 0; i < n; i++) {
         count += counts[i];
     }
-    const char *start;
-    Piece piece;
-    if (n == 1 && t->dtype == DTYPE<T> && find_piece(c, t->data, &start, &piece)) {
+    if (stands_as<T>(c, t, n, counts)) {
         return (const T *)t->data;
     }
     Copy *copy = find_copy(c, t, n, count, count * sizeof(T), WEIGHTS_AS_STORED);
@@ -1211,6 +1220,37 @@ template <typename T> static void cuda_add(Engine *e, Act *out, const Act *x, co
     }
 }
 
+/* sum = x + y rounded to T, and its norm: the numbers that add and rmsnorm give. Grid: a block a row; a thread reads again what it has
+ * written itself. Bound: memory, 4 sizeof(T) bytes a number. */
+template <typename T, int W>
+__global__ void add_rmsnorm_kernel(T *sum, T *out, const T *x, const T *y, const float *w, int D, float eps, float plus) {
+    size_t at = (size_t)blockIdx.x * (size_t)D;
+    float squares = 0;
+    for (int i = (int)threadIdx.x * W; i < D; i += (int)blockDim.x * W) {
+        Pack<T, W> a = load<W>(x + at + i), b = load<W>(y + at + i);
+        for (int j = 0; j < W; j++) {
+            a.x[j] = narrow<T>(widen(a.x[j]) + widen(b.x[j]));
+            squares += widen(a.x[j]) * widen(a.x[j]);
+        }
+        store<W>(sum + at + i, a);
+    }
+    float inverse = 1.0f / sqrtf(block_sum(squares) / (float)D + eps);
+    for (int i = (int)threadIdx.x * W; i < D; i += (int)blockDim.x * W) {
+        Pack<T, W> p = load<W>(sum + at + i);
+        for (int j = 0; j < W; j++) {
+            p.x[j] = narrow<T>(widen(p.x[j]) * inverse * (w[i + j] + plus));
+        }
+        store<W>(out + at + i, p);
+    }
+}
+
+template <typename T>
+static void cuda_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    LAUNCH_ROWS(c, add_rmsnorm_kernel, N, D, (T *)sum, (T *)out, (const T *)x, (const T *)y, vector_of(c, w, D), D, eps, (float)plus_one);
+}
+
 /* out[to[i],:] = x[from[i],:]; NULL: i itself. Grid: a block a row. Bound: memory, 2 sizeof(T) bytes a number. */
 template <typename T, int W> __global__ void move_rows_kernel(T *out, const T *x, const int *to, const int *from, int D) {
     size_t i = blockIdx.x, into = to ? (size_t)to[i] : i, source = from ? (size_t)from[i] : i;
@@ -1724,6 +1764,9 @@ __device__ static inline void put_moments(bf16 *m, bf16 *v, float m1, float v1, 
     *v = round_stochastically(v1, random >> 16);
 }
 
+__device__ static inline void put_weight(float *w, float x, uint64_t, uint64_t) { *w = x; }
+__device__ static inline void put_weight(bf16 *w, float x, uint64_t key, uint64_t i) { *w = round_stochastically(x, element_random(~key, i)); }
+
 namespace {
 struct AdamwStep {
     AdamW how;
@@ -1732,22 +1775,31 @@ struct AdamwStep {
 };
 } // namespace
 
-/* Grid: 4 numbers a thread, 256 threads a block. Bound: memory, 12 + 4 sizeof(M) bytes a number. */
-template <typename M> __global__ void adamw_kernel(float *w, const float *g, M *m, M *v, size_t count, AdamwStep s) {
+/* Grid: 4 numbers a thread, 256 threads a block. Bound: memory, 4 + 2 sizeof(P) + 4 sizeof(M) bytes a number. */
+template <typename P, typename M> __global__ void adamw_kernel(P *w, const float *g, M *m, M *v, size_t count, AdamwStep s) {
     size_t from = (size_t)blockIdx.x * 1024;
     for (size_t i = from + threadIdx.x; i < count && i < from + 1024; i += blockDim.x) {
         float gradient = g[i] * s.g_scale;
         float m1 = s.how.beta1 * widen(m[i]) + (1 - s.how.beta1) * gradient;
         float v1 = s.how.beta2 * widen(v[i]) + (1 - s.how.beta2) * gradient * gradient;
         put_moments(&m[i], &v[i], m1, v1, s.key, i);
-        float x = w[i];
+        float x = widen(w[i]);
         x -= s.lr * s.how.decay * x;
-        w[i] = x - s.lr * s.correct1 * m1 / (sqrtf(v1 * s.correct2) + s.how.eps);
+        put_weight(&w[i], x - s.lr * s.correct1 * m1 / (sqrtf(v1 * s.correct2) + s.how.eps), s.key, i);
     }
 }
 
-static void cuda_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
-                       int64_t step, float g_scale, uint64_t key) {
+template <typename P>
+static void update_weights(Cuda *c, P *w, const float *g, void *m, void *v, DType moments, size_t count, const AdamwStep &s) {
+    if (moments == DT_BF16) {
+        LAUNCH(c, (adamw_kernel<P, bf16>), blocks_of(count, 1024), 256, 0, w, g, (bf16 *)m, (bf16 *)v, count, s);
+    } else {
+        LAUNCH(c, (adamw_kernel<P, float>), blocks_of(count, 1024), 256, 0, w, g, (float *)m, (float *)v, count, s);
+    }
+}
+
+static void cuda_adamw(Engine *e, void *w, DType weights, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how,
+                       float lr, int64_t step, float g_scale, uint64_t key) {
     RANGE();
     Cuda *c = cuda_of(e);
     AdamwStep s = {*how, lr, (float)(1 / (1 - pow((double)how->beta1, (double)step))),
@@ -1755,12 +1807,12 @@ static void cuda_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType 
     if (count == 0) {
         return;
     }
-    if (moments == DT_BF16) {
-        LAUNCH(c, adamw_kernel<bf16>, blocks_of(count, 1024), 256, 0, (float *)w, (const float *)g, (bf16 *)m, (bf16 *)v, count, s);
+    if (weights == DT_BF16) {
+        update_weights(c, (bf16 *)w, (const float *)g, m, v, moments, count, s);
     } else {
-        LAUNCH(c, adamw_kernel<float>, blocks_of(count, 1024), 256, 0, (float *)w, (const float *)g, (float *)m, (float *)v, count, s);
+        update_weights(c, (float *)w, (const float *)g, m, v, moments, count, s);
     }
-    touch_copies(c, w, count * sizeof(float), false);
+    touch_copies(c, w, count * dtype_size(weights), false);
 }
 
 /* ------------------------------------------------------------------------------------------------ the table */
@@ -1773,6 +1825,7 @@ template <typename T> static void fill_table(Engine *e) {
     e->attention = cuda_attention<T>;
     e->gated = cuda_gated<T>;
     e->add = cuda_add<T>;
+    e->add_rmsnorm = cuda_add_rmsnorm<T>;
     e->gather = cuda_gather<T>;
     e->scatter = cuda_scatter<T>;
     e->embed_backward = cuda_embed_backward<T>;

@@ -1065,8 +1065,9 @@ static void rope_qkv(const Forest *f, const Kept *k, int layer, int N) {
                 c->n_kv_heads, c->head_dim);
 }
 
-/* mid = in + attention(norm(in)); out = mid + mlp(norm(mid)). Gemma norms both results once more before adding them. */
-static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) {
+/* mid = in + attention(norm(in)); out = mid + mlp(norm(mid)). Gemma norms both results once more before adding them. A block that
+ * follows another finds norm(in) in f->xn: adding and the norm behind it are one op. */
+static void forward_block(Forest *f, const Batch *b, int layer, bool follows, const Tap *tap) {
     const Model *m = f->model;
     const Config *c = &m->config;
     const Block *w = &m->block[layer];
@@ -1077,7 +1078,9 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     float eps = c->rms_norm_eps;
     Act *out = stream_after(f, layer);
 
-    e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    if (!follows) {
+        e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    }
     linear(f, k.qkv, f->xn, &w->qkv, N);
     rope_qkv(f, &k, layer, N);
     e->attention(e, k.att, k.lse, f->q, f->k[layer], f->v[layer], f->segment, b->run, (int)arrlen(b->run), c->n_heads, c->n_kv_heads,
@@ -1087,9 +1090,7 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     if (c->post_norms) {
         e->rmsnorm(e, f->proj, k.attn_out, &w->attn_out_norm, N, D, eps, one);
     }
-    e->add(e, k.mid, k.in, f->proj, count);
-
-    e->rmsnorm(e, f->xn, k.mid, &w->mlp_in_norm, N, D, eps, one);
+    e->add_rmsnorm(e, k.mid, f->xn, k.in, f->proj, &w->mlp_in_norm, N, D, eps, one);
     linear(f, k.gate_up, f->xn, &w->gate_up, N);
     e->gated(e, f->gated, k.gate_up, N, c->ff_size, c->gelu);
     linear(f, k.mlp_out, f->gated, &w->down, N);
@@ -1097,7 +1098,11 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     if (c->post_norms) {
         e->rmsnorm(e, f->proj, k.mlp_out, &w->mlp_out_norm, N, D, eps, one);
     }
-    e->add(e, out, k.mid, f->proj, count);
+    if (layer + 1 < f->blocks) {
+        e->add_rmsnorm(e, out, f->xn, k.mid, f->proj, &m->block[layer + 1].attn_in_norm, N, D, eps, one);
+    } else {
+        e->add(e, out, k.mid, f->proj, count);
+    }
     seen(tap, e, "", layer, out, 0, N, D);
 }
 
@@ -1166,7 +1171,7 @@ static void forward_blocks(Forest *f, const Batch *b, const Tap *tap) {
     }
     seen(tap, e, "model.embed_tokens", -1, x, 0, N, D);
     for (int layer = 0; layer < f->blocks; layer++) {
-        forward_block(f, b, layer, tap);
+        forward_block(f, b, layer, layer > 0, tap);
     }
 }
 
@@ -1269,7 +1274,7 @@ void model_backward(Forest *f, const Batch *b, const Model *grad) {
     int N = (int)arrlen(b->token);
     for (int layer = f->blocks - 1; layer >= 0; layer--) {
         if (layer < f->blocks - 1 && f->kept[layer].qkv == f->kept[layer + 1].qkv) { /* shared: written over since */
-            forward_block(f, b, layer, NULL);
+            forward_block(f, b, layer, false, NULL);
         }
         backward_block(f, b, layer, grad);
     }

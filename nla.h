@@ -375,6 +375,9 @@ struct Engine {
 
     void (*add)(Engine *e, Act *out, const Act *x, const Act *y, size_t count); /* out = x + y; out may be either */
 
+    /* sum = x + y, out = rmsnorm of sum: what stands between two parts of a block. sum may be x or y, out neither. */
+    void (*add_rmsnorm)(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one);
+
     void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
 
     /* Draws one token a row from logits [n,V], F32: softmax(logits / temperature), cut to the top_k largest (0: all; ties at
@@ -428,10 +431,10 @@ struct Engine {
     double (*sum_squares)(Engine *e, const Act *x, size_t count);
 
     /* One AdamW step over flat memory: g scaled by `g_scale` (clipping), m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2,
-     * w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w). Moments F32, or BF16 rounded stochastically by numbers
-     * keyed by (key, element). Source: torch.optim.AdamW. */
-    void (*adamw)(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
-                  int64_t step, float g_scale, uint64_t key);
+     * w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w). Weights and moments F32, or BF16 rounded stochastically by
+     * numbers keyed by (key, element). Source: torch.optim.AdamW. */
+    void (*adamw)(Engine *e, void *w, DType weights, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how,
+                  float lr, int64_t step, float g_scale, uint64_t key);
 };
 
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
@@ -876,7 +879,7 @@ void baseline_free(Baseline *b);
 
 /* ------------------------------------------------------------------------------------------------ training */
 
-/* What trains, as flat memory: fp32 master weights (the model's tensors point into them), gradients, AdamW's moments. */
+/* What trains, as flat memory: the weights (the model's tensors point into them), fp32 gradients, AdamW's moments. */
 typedef struct {
     Engine *engine;
     Named *tensor;      /* stb: in the model */
@@ -884,16 +887,15 @@ typedef struct {
     size_t count, bytes;
     Act *weight, *grad;
     Act *m, *v;
-    DType moments;      /* F32, or BF16 rounded stochastically */
+    DType weights, moments; /* F32, or BF16 rounded stochastically */
     Model gradient;     /* the model's shape; its tensors are the gradients */
     Linear head;        /* of the value head, when there is one */
     int64_t step;       /* updates made */
 } Params;
 
 /* Trains `model`'s adapters when `lora`, else all its weights; and `head` (may be NULL) as value_head.weight. */
-int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments, Err *err);
+int params_open(Params *p, Model *model, bool lora, Linear *head, DType weights, DType moments, Err *err);
 void params_close(Params *p);
-size_t params_bytes(const Model *model, bool lora, const Linear *head, DType moments); /* the same, without making it */
 
 typedef struct {
     AdamW adamw;
@@ -990,7 +992,7 @@ void keep_logprobs(void *context, const float *logp, float *dlogp, int first, in
 typedef enum { STAGE_AV, STAGE_AR, STAGE_RL } Stage;
 
 typedef struct { /* the keys of a run file; run.c lists them with their meaning */
-    char *out, *av, *ar, *data, *eval, *moments, *lora_modules;
+    char *out, *av, *ar, *data, *eval, *masters, *moments, *lora_modules;
     int steps, batch, vectors, samples, micro, warmup, lora_rank, max_tokens, kl_estimator, updates, eval_every, eval_rows,
         save_every, keep, seed;
     double lr, lr_final, ar_lr, clip, decay, lora_alpha, kl, clip_ratio, length_penalty;

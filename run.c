@@ -48,6 +48,7 @@ static const Key keys[] = {
     {"warmup", KEY_COUNT, KEY(warmup), "vrl", "steps to the highest rate (default steps / 20)"},
     {"clip", KEY_NUMBER, KEY(clip), "vrl", "largest norm of the gradient (default 1)"},
     {"weight_decay", KEY_NUMBER, KEY(decay), "vrl", "AdamW's (default 0)"},
+    {"masters", KEY_TEXT, KEY(masters), "vrl", "the weights that train: f32, or bf16 rounded stochastically (default f32)"},
     {"moments", KEY_TEXT, KEY(moments), "vrl", "f32, or bf16 rounded stochastically (default f32)"},
     {"recompute", KEY_FLAG, KEY(recompute), "vrl", "run blocks twice instead of keeping what they computed"},
     {"lora_rank", KEY_COUNT, KEY(lora_rank), "vrl", "train adapters of this rank (default 0: all weights)"},
@@ -173,8 +174,11 @@ static int check_settings(const RunSettings *r, Stage stage, Err *err) {
             return fail(err, "train %s needs %s=PATH, in --config or behind it", stage_names[stage], paths[i].name);
         }
     }
-    if (r->moments && strcmp(r->moments, "f32") != 0 && strcmp(r->moments, "bf16") != 0) {
-        return fail(err, "moments is f32 or bf16, not '%s'", r->moments);
+    const char *const formats[][2] = {{"masters", r->masters}, {"moments", r->moments}};
+    for (int i = 0; i < 2; i++) {
+        if (formats[i][1] && strcmp(formats[i][1], "f32") != 0 && strcmp(formats[i][1], "bf16") != 0) {
+            return fail(err, "%s is f32 or bf16, not '%s'", formats[i][0], formats[i][1]);
+        }
     }
     if (r->kl_estimator < 1 || r->kl_estimator > 3) {
         return fail(err, "kl_estimator is 1, 2 or 3, not %d", r->kl_estimator);
@@ -314,6 +318,7 @@ static int add_adapters(const RunSettings *s, Model *m, uint64_t seed, Err *err)
 /* Opens what the stage needs: from the checkpoint when there is one to go on from, else from the settings. */
 static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
     const RunSettings *s = &r->s;
+    DType masters = s->masters && strcmp(s->masters, "bf16") == 0 ? DT_BF16 : DT_F32;
     DType moments = s->moments && strcmp(s->moments, "bf16") == 0 ? DT_BF16 : DT_F32;
     bool trains_av = r->stage != STAGE_AR, trains_ar = r->stage == STAGE_AR || (r->stage == STAGE_RL && !s->freeze_ar);
     char *av = checkpoint && trains_av ? xprintf("%s/av", checkpoint) : s->av ? xstrdup(s->av) : NULL;
@@ -334,13 +339,13 @@ static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
     if (status == 0 && trains_av) {
         status = add_adapters(s, &r->av.model, (uint64_t)s->seed, err);
-        status = status == 0 ? params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, moments, err) : -1;
+        status = status == 0 ? params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, masters, moments, err) : -1;
         r->av_pass = (AvPass){.av = &r->av, .passes = passes};
         r->ref_pass = (AvPass){.av = &r->ref, .passes = FORWARD};
     }
     if (status == 0 && trains_ar) {
         status = add_adapters(s, &r->ar.model, (uint64_t)s->seed + 1, err);
-        status = status == 0 ? params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, moments, err) : -1;
+        status = status == 0 ? params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, masters, moments, err) : -1;
     }
     r->ar_pass = (ArPass){.ar = &r->ar, .passes = trains_ar ? passes : FORWARD};
     free(av);
@@ -1156,6 +1161,23 @@ static double own_memory(void) {
     return kilobytes * 1024;
 }
 
+/* Bytes of a model's copies on a GPU: of all it computes with, but for what trains in the engine's own format and stands as it is used. */
+static double copied_bytes(const TrainRun *r, const Model *m, const Params *p) {
+    DType act = r->engine->act_dtype;
+    bool whole = p && p->engine && m->lora.rank == 0; /* all weights train */
+    if (!whole || p->weights != act) {
+        return (double)model_bytes(m, act, WEIGHTS_AS_STORED) + (double)(p && !whole ? p->count * dtype_size(act) : 0);
+    }
+    double bytes = 0;
+    for (int i = 0; i < m->config.n_layers; i++) { /* biases stand between the matrices of a stack, which is copied then */
+        const Linear *const stack[] = {&m->block[i].qkv, &m->block[i].gate_up};
+        for (int j = 0; j < 2; j++) {
+            bytes += stack[j]->b[0].data ? (double)dtype_size(act) * stack[j]->in * stack[j]->out : 0;
+        }
+    }
+    return bytes;
+}
+
 static int print_plan(const TrainRun *r, Err *err) {
     const RunSettings *s = &r->s;
     Passes passes = s->recompute ? TRAINING_RECOMPUTED : TRAINING;
@@ -1189,9 +1211,16 @@ static int print_plan(const TrainRun *r, Err *err) {
     for (int i = 0; i < (int)arrlen(m->files.file); i++) {
         mapped += (double)m->files.file[i].len;
     }
-    PART("weights, mapped", mapped);
+    if (strncmp(r->engine->name, "cuda", 4) == 0) {
+        PART("copies of weights on the GPU", (r->has_av ? copied_bytes(r, &r->av.model, &r->av_params) : 0) +
+                                                 (r->has_ar ? copied_bytes(r, &r->ar.model, &r->ar_params) : 0) +
+                                                 (r->has_ref ? copied_bytes(r, &r->ref.model, NULL) : 0));
+    } else {
+        PART("weights, mapped", mapped);
+    }
     /* Masters and gradients have been written already, the moments not. */
-    double held = own_memory() - 2.0 * sizeof(float) * (double)(r->av_params.count + r->ar_params.count);
+    double held = own_memory() - (double)(sizeof(float) + dtype_size(s->masters && strcmp(s->masters, "bf16") == 0 ? DT_BF16 : DT_F32)) *
+                                     (double)(r->av_params.count + r->ar_params.count);
     PART("tokenizer, rows and the program", held > 0 ? held : 0);
 #undef PART
     for (int i = 0; i < n; i++) {

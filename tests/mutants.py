@@ -46,8 +46,8 @@ MUTANTS = [
      "dq[row * (size_t)a.E + (size_t)x + (MUTANT == %d)] ="),
     ("off by one: reading behind a list", "kernels/embed", "i < first[blockIdx.x + 1]; i++", "i < first[blockIdx.x + 1] + (MUTANT == %d); i++"),
     ("off by one: top-k", "kernels/sample", "count_from(*d, border | bit) >= top_k", "count_from(*d, border | bit) >= top_k + (MUTANT == %d)"),
-    ("a copy of weights that does not follow the optimizer", "kernels/copies", "touch_copies(c, w, count * sizeof(float), false);",
-     "if (MUTANT != %d) { touch_copies(c, w, count * sizeof(float), false); }"),
+    ("a copy of weights that does not follow the optimizer", "kernels/copies", "touch_copies(c, w, count * dtype_size(weights), false);",
+     "if (MUTANT != %d) { touch_copies(c, w, count * dtype_size(weights), false); }"),
     ("a number that no thread updates", "kernels/adamw", "i < count && i < from + 1024; i += blockDim.x) {\n        float gradient",
      "i < count && i < from + 1024 - (MUTANT == %d); i += blockDim.x) {\n        float gradient"),
     ("an exchange left out", "kernels/attention", "    sum = warp_sum(sum);\n    if (pair < pairs", "    sum = MUTANT == %d ? sum : warp_sum(sum);\n    if (pair < pairs"),
@@ -62,6 +62,8 @@ MUTANTS = [
     ("missing barrier before the next codes are loaded", "kernels/weights_of_one_byte", BARRIER + " /* before the next tile is loaded, and", MAYBE + " /* before the next tile is loaded, and"),
     ("off by one: a row's scale", "kernels/weights_of_one_byte", "narrow<T>(sum * scale[o]", "narrow<T>(sum * scale[o > 0 ? o - (MUTANT == %d) : o]"),
     ("sums of a chunk that begin with what was there", "kernels/weights_of_one_byte", "ld, ld, lds}, k > from);", "ld, ld, lds}, k > from || MUTANT == %d);"),
+    ("the norm of a sum that was never written", "kernels/rmsnorm", "        store<W>(sum + at + i, a);", "        if (MUTANT != %d || i > 0) { store<W>(sum + at + i, a); }"),
+    ("bf16 weights rounded down", "kernels/adamw", "*w = round_stochastically(x, element_random(~key, i));", "*w = round_stochastically(x, MUTANT == %d ? 0 : element_random(~key, i));"),
 ]
 
 text = re.sub(r'#include "(\w+\.cuh)"', lambda part: open(part[1]).read(), open("kernels.cu").read())

@@ -156,13 +156,43 @@ Test(kernels, copies_of_weights_follow_their_source) {
         e->linear(e, out, x, &linear, 1);
         e->read(e, &y, out, 0, 1);
         cr_assert(y == 12);
-        e->adamw(e, trained, g, m, v, DT_F32, 10, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1 */
+        e->adamw(e, trained, DT_F32, g, m, v, DT_F32, 10, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1 */
         e->linear(e, out, x, &linear, 1);
         e->read(e, &y, out, 0, 1);
         cr_assert(fabsf(y - 10) < 1e-4f, "%g", (double)y);
         wipe(&t);
     }
     cr_assert(shim_buffers() == 0);
+}
+
+/* Trained weights in the engine's own format, one matrix of a stack behind the other, are used where they stand. */
+Test(kernels, weights_that_train_in_bf16_need_no_copy) {
+    OpTape t = {.e = open_shim(DT_BF16)};
+    Engine *e = t.e;
+    uint16_t w[4], ones[2] = {f32_to_bf16(1), f32_to_bf16(1)};
+    float y[2], g[4] = {1, 1, 1, 1};
+    for (int i = 0; i < 4; i++) {
+        w[i] = f32_to_bf16((float)(1 << i));
+    }
+    Act *trained = room(&t, DT_BF16, 4), *x = room(&t, DT_BF16, 2), *out = room(&t, DT_F32, 2), *grad = room(&t, DT_F32, 4), *m = room(&t, DT_F32, 4),
+        *v = room(&t, DT_F32, 4);
+    Tensor one = {.dtype = DT_BF16, .n_dims = 2, .shape = {1, 2}, .data = trained, .bytes = 4};
+    Linear stack = {.n = 2, .in = 2, .out = 2, .w = {one, one}};
+    stack.w[1].data = (uint16_t *)trained + 2;
+    e->put(e, trained, w, sizeof w);
+    e->put(e, x, ones, sizeof ones);
+    e->write(e, grad, 0, g, 4);
+    e->zero(e, m, 16);
+    e->zero(e, v, 16);
+    size_t buffers = shim_buffers();
+    e->linear(e, out, x, &stack, 1);
+    e->read(e, y, out, 0, 2);
+    cr_assert(y[0] == 3 && y[1] == 12);
+    e->adamw(e, trained, DT_BF16, grad, m, v, DT_F32, 4, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1, which bf16 holds */
+    e->linear(e, out, x, &stack, 1);
+    e->read(e, y, out, 0, 2);
+    cr_assert(fabsf(y[0] - 1) < 1e-4f && fabsf(y[1] - 10) < 1e-4f && shim_buffers() == buffers, "%g %g", (double)y[0], (double)y[1]);
+    wipe(&t);
 }
 
 Test(kernels, a_failed_allocation_is_reported_and_nothing_runs_after_it) {
@@ -323,7 +353,7 @@ static float *av_there_and_back(Engine *e, const char *dir, float *logp, size_t 
     Verbalizer av;
     Params p;
     cr_assert(verbalizer_open(&av, dir, NULL, NAN, e, &err) == 0, "%s", err.msg);
-    cr_assert(params_open(&p, &av.model, false, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &av.model, false, NULL, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     int D = av.model.config.hidden_size, V = av.model.config.vocab_size, id[GROUPS * SAMPLES][LENGTH], length[SAMPLES] = {LENGTH, LENGTH};
     float *vector = xmalloc((size_t)(GROUPS * D) * sizeof(float));
     const int *token[GROUPS * SAMPLES];
