@@ -72,5 +72,5 @@ for number, (what, suite, old, new) in enumerate(MUTANTS, 1):
         sys.exit("tests/mutants.py: %r must stand once in kernels.cu with its parts, it stands %d times" % (old, text.count(old)))
     text = text.replace(old, new % number)
     print(number, suite, what)
-text = text.replace('#include "nla.h"', '#include "nla.h"\n#include <cstdlib>\nstatic const int MUTANT = atoi(getenv("NLA_MUTANT"));', 1)
+text = text.replace('#include "quantise.h"', '#include "quantise.h"\n#include <cstdlib>\nstatic const int MUTANT = atoi(getenv("NLA_MUTANT"));', 1)
 open(sys.argv[1], "w").write(text)
