@@ -458,7 +458,8 @@ static void cpu_add(Engine *e, Act *out, const Act *x, const Act *y, size_t coun
     }
 }
 
-static void cpu_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one) {
+static void cpu_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps,
+                            int plus_one) {
     cpu_add(e, sum, x, y, (size_t)N * (size_t)D);
     cpu_rmsnorm(e, out, sum, w, N, D, eps, plus_one);
 }

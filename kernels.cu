@@ -6,9 +6,10 @@
  * What must stay true: every sum has one fixed order. There are no atomics: work is divided by outputs, and long sums go through
  * chunks whose borders depend on sizes alone. Same seed, same GPU, same library: same bits.
  *
- * Order: number formats, sums; the engine's memory; matrix products (tiles.cuh: a block's own; quantised.cuh: weights of one byte); row by
- * row ops; RoPE; attention (attention.cuh); losses and sampling; the optimizer; the table. tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are
- * launched through LAUNCH, and shared memory is asked for through SHARED and SHARED_DYNAMIC, for its sake.
+ * Order: number formats, sums; the engine's memory; recorded steps; working copies of weights; matrix products (tiles.cuh: a block's own;
+ * quantised.cuh: weights of one byte); row by row ops; RoPE; attention (attention.cuh); losses and sampling; the optimizer; the table.
+ * tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are launched through LAUNCH, and
+ * shared memory is asked for through SHARED and SHARED_DYNAMIC, for its sake.
  */
 #include "quantise.h"
 
@@ -1245,7 +1246,8 @@ __global__ void add_rmsnorm_kernel(T *sum, T *out, const T *x, const T *y, const
 }
 
 template <typename T>
-static void cuda_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one) {
+static void cuda_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps,
+                             int plus_one) {
     RANGE();
     Cuda *c = cuda_of(e);
     LAUNCH_ROWS(c, add_rmsnorm_kernel, N, D, (T *)sum, (T *)out, (const T *)x, (const T *)y, vector_of(c, w, D), D, eps, (float)plus_one);
@@ -1765,7 +1767,9 @@ __device__ static inline void put_moments(bf16 *m, bf16 *v, float m1, float v1, 
 }
 
 __device__ static inline void put_weight(float *w, float x, uint64_t, uint64_t) { *w = x; }
-__device__ static inline void put_weight(bf16 *w, float x, uint64_t key, uint64_t i) { *w = round_stochastically(x, element_random(~key, i)); }
+__device__ static inline void put_weight(bf16 *w, float x, uint64_t key, uint64_t i) {
+    *w = round_stochastically(x, element_random(~key, i));
+}
 
 namespace {
 struct AdamwStep {

@@ -452,7 +452,8 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
             printf("memory plan, CPU (GB)\n  %-38s %8.3f\n  %-38s %8.6f\n  %-38s %8.3f\n", "weights, mapped from the files",
                    (double)weights / 1e9, "keys and values of one token", (double)token / 1e9,
                    "cache and activations of 2,048 tokens", (double)forest / 1e9);
-            printf("on a GPU (GB)\n  %-38s %8.3f\n", !s->weights ? "weights, bf16" : engine->weights == WEIGHTS_INT8 ? "weights, int8" : "weights, fp8",
+            static const char *const kept_as[] = {"weights, bf16", "weights, int8", "weights, fp8"};
+            printf("on a GPU (GB)\n  %-38s %8.3f\n", kept_as[engine->weights],
                    (double)model_bytes(&m, DT_BF16, engine->weights) / 1e9);
             if (s->tensors) {
                 print_tensors(&m.files);

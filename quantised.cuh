@@ -86,7 +86,8 @@ template <typename T> static void many_rows(Cuda *c, Act *out, DType to, const T
 }
 
 /* A tile of codes as numbers: n rows of kc of them, rows I apart, zeros to the whole tile. */
-template <typename T, int W> __device__ static inline void load_codes(T *tile, const uint8_t *code, int n, int I, int kc, WeightFormat format) {
+template <typename T, int W>
+__device__ static inline void load_codes(T *tile, const uint8_t *code, int n, int I, int kc, WeightFormat format) {
     constexpr int S = W < WIDE<T> ? W : WIDE<T>;
     for (int at = (int)threadIdx.x; at < FEW_OUTPUTS * (FEW_K / W); at += (int)blockDim.x) {
         int row = at / (FEW_K / W), x = at % (FEW_K / W) * W;
@@ -114,7 +115,8 @@ template <typename T> static size_t few_rows_bytes(int R) {
 template <typename T>
 __global__ void few_rows_kernel(float *partial, const T *x, const uint8_t *code, int N, int R, int I, int O, int chunk, WeightFormat format) {
     SHARED_DYNAMIC(memory);
-    int first = (int)blockIdx.x * FEW_OUTPUTS, n = O - first < FEW_OUTPUTS ? O - first : FEW_OUTPUTS, ld = padded(FEW_K), lds = padded(FEW_OUTPUTS);
+    int ld = padded(FEW_K), lds = padded(FEW_OUTPUTS);
+    int first = (int)blockIdx.x * FEW_OUTPUTS, n = O - first < FEW_OUTPUTS ? O - first : FEW_OUTPUTS;
     int from = (int)blockIdx.y * chunk, to = from + chunk < I ? from + chunk : I;
     float *sum = (float *)memory;
     T *rows = (T *)(sum + R * lds), *weights = rows + R * ld;
@@ -152,15 +154,16 @@ __global__ void few_rows_total_kernel(T *y, const float *partial, const float *s
     }
 }
 
-template <typename T> static void few_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const float *bias, const Linear *w, int N) {
+template <typename T>
+static void few_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const float *bias, const Linear *w, int N) {
     int I = w->in, O = w->out, R = (N + 15) / 16 * 16;
     unsigned across = blocks_of((size_t)O, FEW_OUTPUTS), wanted = blocks_of(FEW_BLOCKS, across); /* chunks that would keep a GPU busy */
     int chunk = (int)blocks_of(blocks_of((size_t)I, wanted), FEW_K) * FEW_K;
     chunk = chunk > 2 * FEW_K ? chunk : 2 * FEW_K;
     int chunks = (I + chunk - 1) / chunk;
     float *partial = (float *)work(c, WORK_PARTIAL, (size_t)chunks * (size_t)N * (size_t)O * sizeof(float));
-    LAUNCH(c, few_rows_kernel<T>, dim3(across, (unsigned)chunks), FEW_THREADS, few_rows_bytes<T>(R), partial, x, (const uint8_t *)q.code, N, R, I, O,
-           chunk, w->format);
+    LAUNCH(c, few_rows_kernel<T>, dim3(across, (unsigned)chunks), FEW_THREADS, few_rows_bytes<T>(R), partial, x, (const uint8_t *)q.code, N,
+           R, I, O, chunk, w->format);
     dim3 grid(blocks_of((size_t)O, 256), (unsigned)N);
     if (to == DT_F32) {
         LAUNCH(c, few_rows_total_kernel<float>, grid, 256, 0, (float *)out, (const float *)partial, (const float *)q.scale, bias, O, chunks);

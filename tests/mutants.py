@@ -63,7 +63,8 @@ MUTANTS = [
     ("off by one: a row's scale", "kernels/weights_of_one_byte", "narrow<T>(sum * scale[o]", "narrow<T>(sum * scale[o > 0 ? o - (MUTANT == %d) : o]"),
     ("sums of a chunk that begin with what was there", "kernels/weights_of_one_byte", "ld, ld, lds}, k > from);", "ld, ld, lds}, k > from || MUTANT == %d);"),
     ("the norm of a sum that was never written", "kernels/rmsnorm", "        store<W>(sum + at + i, a);", "        if (MUTANT != %d || i > 0) { store<W>(sum + at + i, a); }"),
-    ("bf16 weights rounded down", "kernels/adamw", "*w = round_stochastically(x, element_random(~key, i));", "*w = round_stochastically(x, MUTANT == %d ? 0 : element_random(~key, i));"),
+    ("bf16 weights rounded down", "kernels/adamw", "*w = round_stochastically(x, element_random(~key, i));",
+     "*w = round_stochastically(x, MUTANT == %d ? 0 : element_random(~key, i));"),
 ]
 
 text = re.sub(r'#include "(\w+\.cuh)"', lambda part: open(part[1]).read(), open("kernels.cu").read())
