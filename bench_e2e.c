@@ -592,7 +592,7 @@ static int open_readers(Bench *b, Readers *x, bool all, Plan *plan, int vectors,
         arrsetlen(x->av.model.config.eos, 0);
         *plan = (Plan){0};
         plan_part(plan, "AV: forest", (double)verbalizer_bytes(&x->av, vectors, 1, x->s.max_tokens), false);
-        plan_part(plan, "AV: working copies of its weights", (double)model_copies(&x->av.model, NULL, false), false);
+        plan_part(plan, "AV: working copies of its weights", (double)model_copies(&x->av.model, NULL, DT_OTHER), false);
         plan_part(plan, "working memory of the ops", (double)e->work_bytes(e, &x->av.model.config, vectors, false), false);
         plan_part(plan, "weights", (double)x->av.model.made_bytes + (double)x->ar.model.made_bytes + (double)x->target.made_bytes, true);
     }
@@ -727,9 +727,9 @@ static int bench_explain(Bench *b, Err *err) {
     if (status == 0) {
         status = forest_open(&f, &x.target, b->shape.layer + 1, n, n, FORWARD, err);
         plan_part(&plan, "target: forest", (double)forest_bytes(&x.target, b->shape.layer + 1, n, n, FORWARD), false);
-        plan_part(&plan, "target: working copies", (double)model_copies(&x.target, NULL, false), false);
+        plan_part(&plan, "target: working copies", (double)model_copies(&x.target, NULL, DT_OTHER), false);
         plan_part(&plan, "AR: forest", (double)reconstructor_bytes(&x.ar), false);
-        plan_part(&plan, "AR: working copies", (double)model_copies(&x.ar.model, &x.ar.head, false), false);
+        plan_part(&plan, "AR: working copies", (double)model_copies(&x.ar.model, &x.ar.head, DT_OTHER), false);
     }
     for (int i = -1; i < b->s->repeat && status == 0; i++) {
         status = explain_step(b, &x, &f, &batch, &p, n, i >= 0, err);

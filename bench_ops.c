@@ -151,6 +151,10 @@ static void run_gated(const Rig *r, const Case *c) { r->e->gated(r->e, c->y, c->
 static void run_add(const Rig *r, const Case *c) {
     r->e->add(r->e, c->y, c->x, c->y, (size_t)r->N * (size_t)r->m->config.hidden_size);
 }
+static void run_add_rmsnorm(const Rig *r, const Case *c) {
+    r->e->add_rmsnorm(r->e, c->y, r->f.xn, c->x, c->y, &r->m->block[0].mlp_in_norm, r->N, r->m->config.hidden_size, 1e-6f,
+                      r->m->config.norm_plus_one);
+}
 static void run_gather(const Rig *r, const Case *c) { r->e->gather(r->e, c->y, c->x, r->row, r->n, r->m->config.hidden_size); }
 static void run_scatter(const Rig *r, const Case *c) { r->e->scatter(r->e, c->y, c->x, r->row, r->n, r->m->config.hidden_size); }
 static void run_zero(const Rig *r, const Case *c) { r->e->zero(r->e, c->y, (size_t)c->bytes); }
@@ -214,7 +218,7 @@ static void run_squares(const Rig *r, const Case *c) {
 static void run_adamw(const Rig *r, const Case *c) {
     static const AdamW how = {0.9f, 0.95f, 1e-8f, 0};
     DType moments = c->bytes < 24 * (double)r->flat_n ? DT_BF16 : DT_F32;
-    r->e->adamw(r->e, r->flat[0], r->flat[1], r->flat[2], r->flat[3], moments, r->flat_n, &how, 1e-5f, 100, 1, 7);
+    r->e->adamw(r->e, r->flat[0], DT_F32, r->flat[1], r->flat[2], r->flat[3], moments, r->flat_n, &how, 1e-5f, 100, 1, 7);
 }
 
 /* ------------------------------------------------------------------------------------------------ measuring */
@@ -313,12 +317,13 @@ static int forward_cases(const Rig *r, Case *list) {
     double chunks = ceil((double)r->wanted / r->n), n = r->n;
     int i = 0;
     list[i++] = (Case){"embed", run_embed, 1, 0, N * D * (w + a), NULL, NULL, f->xn};
-    list[i++] = (Case){"rmsnorm", run_rmsnorm, L * (2 * again + norms - 2), 0, 2 * N * D * a, NULL, k.in, f->xn};
+    list[i++] = (Case){"rmsnorm", run_rmsnorm, 1 + L * (2 * (again - 1) + norms - 2), 0, 2 * N * D * a, NULL, k.in, f->xn};
     list[i++] = linear_case(r, "linear q, k, v", &b->qkv, f->xn, k.qkv, L);
     list[i++] = (Case){"rope_qkv", run_rope, L * again, 0, 2 * N * (Q + 2 * KV) * a, NULL, k.qkv, NULL};
     list[i++] = (Case){"attention", run_attention, L, 4 * Q * r->pairs, 2 * N * Q * a + 2 * r->keys * KV * a, NULL, NULL, k.att};
     list[i++] = linear_case(r, "linear o", &b->o, k.att, f->proj, L);
-    list[i++] = (Case){"add", run_add, 2 * L, 0, 3 * N * D * a, NULL, f->xn, f->proj};
+    list[i++] = (Case){"add_rmsnorm", run_add_rmsnorm, 2 * L - 1, 0, 4 * N * D * a, NULL, k.in, f->proj};
+    list[i++] = (Case){"add", run_add, 1, 0, 3 * N * D * a, NULL, f->xn, f->proj};
     list[i++] = linear_case(r, "linear gate, up", &b->gate_up, f->xn, k.gate_up, L);
     list[i++] = (Case){"gated", run_gated, L * again, 0, 3 * N * F * a, NULL, k.gate_up, f->gated};
     list[i++] = linear_case(r, "linear down", &b->down, f->gated, f->proj, L);

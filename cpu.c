@@ -58,7 +58,7 @@ static size_t cpu_available(Engine *e) {
 }
 
 /* Weights are used where they are, and working memory is small. */
-static size_t cpu_copy_bytes(Engine *e, const Tensor *t, int n, bool owned, bool precise) {
+static size_t cpu_copy_bytes(Engine *e, const Tensor *t, int n, DType owned, bool precise) {
     (void)e, (void)t, (void)n, (void)owned, (void)precise;
     return 0;
 }
@@ -100,8 +100,19 @@ static void cpu_unview(Engine *e, const void *x, const void *seen) {
     (void)e, (void)x, (void)seen;
 }
 
+/* Weights are used where they are; but how large those of --weights are has been kept. */
 static void cpu_forget(Engine *e, const void *host, size_t bytes) {
-    (void)e, (void)host, (void)bytes; /* weights are used where they are */
+    Cpu *cpu = e->scratch;
+    size_t kept = 0;
+    for (size_t i = 0; i < cpu->n_rounded; i++) {
+        const char *at = cpu->rounded[i].matrix;
+        if (host && at >= (const char *)host && at < (const char *)host + bytes) {
+            free(cpu->rounded[i].largest);
+        } else {
+            cpu->rounded[kept++] = cpu->rounded[i];
+        }
+    }
+    cpu->n_rounded = kept;
 }
 
 static int cpu_check(Engine *e, Err *err) {
@@ -120,6 +131,10 @@ static void cpu_close(Engine *e) {
         free(s->norm);
         free(s->work);
     }
+    for (size_t i = 0; i < cpu->n_rounded; i++) {
+        free(cpu->rounded[i].largest);
+    }
+    free(cpu->rounded);
     free(cpu->thread);
     free(cpu->item);
     free(cpu);
@@ -257,8 +272,17 @@ static void pack_x(float *packed, const float *x, int rows, int K, int k0, int k
     }
 }
 
-/* Rows o..o+4 of W, columns [k0, k0+kc), as pack_x; rows past the last are zero. */
-static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k0, int kc, int width, bool bf16) {
+/* Weights of a row whose largest is `largest`, as --weights leaves them. */
+static void round_weights(float *w, size_t n, float largest, WeightFormat format) {
+    float by = to_codes(largest, format), scale = from_codes(largest, format);
+    for (size_t i = 0; i < n; i++) {
+        w[i] = number_of(code_of(w[i] * by, format), format) * scale;
+    }
+}
+
+/* Rows o..o+4 of W, columns [k0, k0+kc), as pack_x; rows past the last are zero. `largest` of the rows, where weights are rounded. */
+static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k0, int kc, int width, bool bf16, const float *largest,
+                       WeightFormat format) {
     for (int j = 0; j < 4; j++) {
         float *row = strip + (size_t)j * (size_t)width;
         if (o + j >= O) {
@@ -267,17 +291,20 @@ static void pack_strip(float *strip, const Tensor *w, int O, int o, int K, int k
         }
         size_t offset = (size_t)(o + j) * (size_t)K + (size_t)k0;
         memset(row + width - 16, 0, 16 * sizeof(float));
-        if (!bf16) {
-            widen(row, w, offset, (size_t)kc);
-        } else if (w->dtype == DT_BF16) {
+        if (bf16 && w->dtype == DT_BF16 && !largest) {
             memcpy(row, (const uint16_t *)w->data + offset, (size_t)kc * 2);
-        } else {
-#ifdef __AVX512BF16__
-            float wide[BLOCK_K];
-            widen(wide, w, offset, (size_t)kc);
-            narrow((uint16_t *)(void *)row, wide, (size_t)kc);
-#endif
+            continue;
         }
+        float room[BLOCK_K], *wide = bf16 ? room : row;
+        widen(wide, w, offset, (size_t)kc);
+        if (largest) {
+            round_weights(wide, (size_t)kc, largest[o + j], format);
+        }
+#ifdef __AVX512BF16__
+        if (bf16) {
+            narrow((uint16_t *)(void *)row, wide, (size_t)kc);
+        }
+#endif
     }
 }
 
@@ -298,6 +325,7 @@ typedef struct {
     const float *x;
     const Linear *w;
     bool bf16;
+    const float *largest[3]; /* of each row of each matrix, where weights are rounded; else NULL */
 } Product;
 
 /* The packed rows (columns [k0, k0+kc) of x) against outputs [from, to) of matrix m, whose first is `column` of the stack. */
@@ -307,7 +335,7 @@ static void product_strips(const Product *p, Scratch *s, int m, int column, int 
     int O = (int)w->shape[0], K = p->w->in;
     size_t ldo = (size_t)p->w->out, bytes = dtype_size(w->dtype);
     /* Four whole rows that are stored as the product reads them need no packing. */
-    bool ready = p->bf16 ? w->dtype == DT_BF16 && kc == 2 * width && K % 2 == 0 : w->dtype == DT_F32 && kc == width;
+    bool ready = p->largest[m] ? false : p->bf16 ? w->dtype == DT_BF16 && kc == 2 * width && K % 2 == 0 : w->dtype == DT_F32 && kc == width;
     for (int o = from; o < to; o += 4) {
         const float *strip = s->strip;
         size_t ldw = (size_t)width;
@@ -315,7 +343,7 @@ static void product_strips(const Product *p, Scratch *s, int m, int column, int 
             strip = (const float *)(const void *)((const char *)w->data + ((size_t)o * (size_t)K + (size_t)k0) * bytes);
             ldw = (size_t)K * bytes / sizeof(float);
         } else {
-            pack_strip(s->strip, w, O, o, K, k0, kc, width, p->bf16);
+            pack_strip(s->strip, w, O, o, K, k0, kc, width, p->bf16, p->largest[m], p->w->format);
         }
         float bias[4] = {0};
         Place place = {.ldo = ldo, .bias = k0 == 0 ? bias : NULL, .columns = to - o < 4 ? to - o : 4};
@@ -352,9 +380,43 @@ static void product_block(const Product *p, Scratch *s, int row, int rows, int f
     }
 }
 
+/* The largest weight of each row [O] of a matrix, worked out when it is first asked for. */
+static const float *largest_weights(Engine *e, const Tensor *w, int K) {
+    Cpu *cpu = e->scratch;
+    int O = (int)w->shape[0];
+    for (size_t i = 0; i < cpu->n_rounded; i++) {
+        if (cpu->rounded[i].matrix == w->data) {
+            return cpu->rounded[i].largest;
+        }
+    }
+    float *largest = xcalloc((size_t)O, sizeof(float));
+#pragma omp parallel for num_threads(e->threads)
+    for (int o = 0; o < O; o++) {
+        float part[BLOCK_K];
+        for (int k = 0; k < K; k += BLOCK_K) {
+            int n = K - k < BLOCK_K ? K - k : BLOCK_K;
+            widen(part, w, (size_t)o * (size_t)K + (size_t)k, (size_t)n);
+            for (int i = 0; i < n; i++) {
+                largest[o] = fmaxf(largest[o], fabsf(part[i]));
+            }
+        }
+    }
+    RoundedMatrix *more = xmalloc((cpu->n_rounded + 1) * sizeof *more);
+    if (cpu->n_rounded) {
+        memcpy(more, cpu->rounded, cpu->n_rounded * sizeof *more);
+    }
+    free(cpu->rounded);
+    cpu->rounded = more;
+    cpu->rounded[cpu->n_rounded++] = (RoundedMatrix){w->data, largest};
+    return largest;
+}
+
 static void cpu_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     Cpu *cpu = e->scratch;
-    Product p = {out, x, w, e->bf16_dot};
+    Product p = {out, x, w, e->bf16_dot, {NULL}};
+    for (int m = 0; m < w->n && w->format != WEIGHTS_AS_STORED; m++) {
+        p.largest[m] = largest_weights(e, &w->w[m], w->in);
+    }
     int blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS, rows = (N + blocks - 1) / blocks;
     /* Few row blocks: the outputs are divided too, so that all threads have work until the end. */
     int tasks = blocks == 1 ? 2 * e->threads : 8 * e->threads, pieces = (tasks + blocks - 1) / blocks;
@@ -441,6 +503,12 @@ static void cpu_add(Engine *e, Act *out, const Act *x, const Act *y, size_t coun
     for (size_t i = 0; i < count; i++) {
         sum[i] = a[i] + b[i];
     }
+}
+
+static void cpu_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps,
+                            int plus_one) {
+    cpu_add(e, sum, x, y, (size_t)N * (size_t)D);
+    cpu_rmsnorm(e, out, sum, w, N, D, eps, plus_one);
 }
 
 static void cpu_gather(Engine *e, Act *out, const Act *x, const int *row, int n, int D) {
@@ -868,6 +936,7 @@ Engine *CPU_ENGINE(int threads, bool bf16_dot, Err *err) {
         .attention = cpu_attention,
         .gated = cpu_gated,
         .add = cpu_add,
+        .add_rmsnorm = cpu_add_rmsnorm,
         .gather = cpu_gather,
         .sample = cpu_sample,
     };

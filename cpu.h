@@ -4,7 +4,7 @@
 #ifndef CPU_H
 #define CPU_H
 
-#include "nla.h"
+#include "quantise.h"
 
 #include <math.h>
 #include <omp.h>
@@ -149,12 +149,20 @@ typedef struct {
     size_t head_room, norm_room, work_room;
 } Scratch;
 
+/* A matrix whose weights are rounded (--weights): the largest of each row, which makes the row's scale. */
+typedef struct {
+    const void *matrix;
+    float *largest;
+} RoundedMatrix;
+
 typedef struct {
     Scratch *thread;
     AttentionItem *item;
     size_t item_room;
     double started;
     MemoryUse memory;
+    RoundedMatrix *rounded;
+    size_t n_rounded;
 } Cpu;
 
 static inline float *aligned_floats(size_t count) {

@@ -850,16 +850,16 @@ INLINE uint32_t element_random(uint64_t key, uint64_t i) {
     return (uint32_t)(h >> 32);
 }
 
-INLINE float moment_at(const void *m, DType type, size_t i) {
-    return type == DT_BF16 ? bf16_to_f32(((const uint16_t *)m)[i]) : ((const float *)m)[i];
+INLINE float number_at(const void *x, DType type, size_t i) {
+    return type == DT_BF16 ? bf16_to_f32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-INLINE void adamw_block(float *w, const float *g, void *m, void *v, DType type, size_t from, size_t to, const AdamW *how, float lr,
-                        float correct1, float correct2, float g_scale, uint64_t key) {
+INLINE void adamw_block(void *w, DType weights, const float *g, void *m, void *v, DType type, size_t from, size_t to, const AdamW *how,
+                        float lr, float correct1, float correct2, float g_scale, uint64_t key) {
     for (size_t i = from; i < to; i++) {
         float gradient = g[i] * g_scale;
-        float m1 = how->beta1 * moment_at(m, type, i) + (1 - how->beta1) * gradient;
-        float v1 = how->beta2 * moment_at(v, type, i) + (1 - how->beta2) * gradient * gradient;
+        float m1 = how->beta1 * number_at(m, type, i) + (1 - how->beta1) * gradient;
+        float v1 = how->beta2 * number_at(v, type, i) + (1 - how->beta2) * gradient * gradient;
         if (type == DT_BF16) {
             uint32_t random = element_random(key, i);
             ((uint16_t *)m)[i] = round_stochastically(m1, random);
@@ -868,22 +868,28 @@ INLINE void adamw_block(float *w, const float *g, void *m, void *v, DType type, 
             ((float *)m)[i] = m1;
             ((float *)v)[i] = v1;
         }
-        w[i] -= lr * how->decay * w[i];
-        w[i] -= lr * correct1 * m1 / (sqrtf(v1 * correct2) + how->eps);
+        float x = number_at(w, weights, i);
+        x -= lr * how->decay * x;
+        x -= lr * correct1 * m1 / (sqrtf(v1 * correct2) + how->eps);
+        if (weights == DT_BF16) {
+            ((uint16_t *)w)[i] = round_stochastically(x, element_random(~key, i));
+        } else {
+            ((float *)w)[i] = x;
+        }
     }
 }
 
-static void cpu_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
-                      int64_t step, float g_scale, uint64_t key) {
+static void cpu_adamw(Engine *e, void *w, DType weights, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how,
+                      float lr, int64_t step, float g_scale, uint64_t key) {
     float correct1 = (float)(1 / (1 - pow((double)how->beta1, (double)step)));
     float correct2 = (float)(1 / (1 - pow((double)how->beta2, (double)step)));
 #pragma omp parallel for schedule(static) num_threads(e->threads)
     for (size_t from = 0; from < count; from += FLAT_BLOCK) {
         size_t to = from + FLAT_BLOCK < count ? from + FLAT_BLOCK : count;
-        if (moments == DT_BF16) {
-            adamw_block(w, g, m, v, DT_BF16, from, to, how, lr, correct1, correct2, g_scale, key);
+        if (moments == DT_F32 && weights == DT_F32) {
+            adamw_block(w, DT_F32, g, m, v, DT_F32, from, to, how, lr, correct1, correct2, g_scale, key);
         } else {
-            adamw_block(w, g, m, v, DT_F32, from, to, how, lr, correct1, correct2, g_scale, key);
+            adamw_block(w, weights, g, m, v, moments, from, to, how, lr, correct1, correct2, g_scale, key);
         }
     }
 }

@@ -25,10 +25,11 @@ const Option common_options[] = {
     {"seed", "N", OPTION_SEED, AT(seed), 0, 0, "of everything random (default: 0)"},
     FLAG("json", json, "results as JSON, one object or array a line"),
     FLAG("quiet", quiet, "no progress or timing on stderr"),
+    TEXT("weights", weights, "int8|fp8", "the blocks' matrices as one byte a weight and a scale an output"),
     {0},
 };
 /* Which of them a command heeds. All take all of them, so that a script may give them everywhere. */
-enum { ENGINE = 1 | 2 | 4 | 8, SEED = 16, JSON = 32, QUIET = 64 };
+enum { TRAINING_ENGINE = 1 | 2 | 4 | 8, SEED = 16, JSON = 32, QUIET = 64, ENGINE = TRAINING_ENGINE | 128 };
 
 /* What commands read and write. */
 static const char *const files[][2] = {
@@ -78,7 +79,7 @@ const Command commands[] = {
      "PATH is a model directory, a dataset, a .safetensors file or a .yaml sidecar. Prints a model's config, parameter count and memory "
      "plan in GB; type, name and shape of the tensors of a file; keys and values of a sidecar. --json is for models: family, layers, "
      "hidden_size, heads, kv_heads, head_dim, ff_size, vocab_size, parameters, weight_bytes, kv_bytes_per_token, forest_bytes_2048 "
-     "(cache and activations of 2,048 tokens).",
+     "(cache and activations of 2,048 tokens), gpu_weight_bytes.",
      "nla inspect models/smollm2\n"
      "nla inspect --tensors models/smollm2",
      run_inspect, 1, 1, ENGINE | JSON, MODEL_DIR | DATASET, {FLAG("tensors", tensors, "list every tensor of a model")}},
@@ -117,7 +118,7 @@ const Command commands[] = {
      "length for the vector that is injected: --injection-scale, or --acts. The marker, its neighbours and the AR's suffix are found "
      "with the model's own tokenizer.",
      "nla init --model models/smollm2 --layer 20 --av av --ar ar --acts acts",
-     run_init, 0, 0, ENGINE | QUIET, MODEL_DIR | PAIR | DATASET,
+     run_init, 0, 0, TRAINING_ENGINE | QUIET, MODEL_DIR | PAIR | DATASET,
      {MODEL_OPTION, TEXT("layer", layers, "K", "the layer that is read (default: two thirds of the way up)"),
       TEXT("av", av, "DIR", "the AV to make"), TEXT("ar", ar, "DIR", "the AR to make"),
       NUMBER("injection-scale", injection_scale, "X", 0, 1e30, "length of the injected vector; 0: as it is"),
@@ -252,7 +253,7 @@ const Command commands[] = {
      "nla train ar out=runs/ar ar=ar data=rows steps=500 batch=32 lora_rank=16\n"
      "nla train rl out=runs/rl av=runs/av/checkpoint-500/av ar=runs/ar/checkpoint-500/ar data=parts/rl steps=100\n"
      "nla train rl out=runs/rl --resume",
-     run_train, 1, 100, ENGINE | QUIET, PAIR | DATASET | RUN,
+     run_train, 1, 100, TRAINING_ENGINE | QUIET, PAIR | DATASET | RUN,
      {TEXT("config", config, "FILE", "settings, as YAML (a run's settings.yaml is such a file)"),
       RESUME_OPTION("go on from the newest checkpoint (only out=DIR is needed then)"),
       FLAG("plan", plan, "print the memory that these settings take, in GB, and stop")}},
@@ -266,7 +267,7 @@ const Command commands[] = {
      "DIR is an AV or an AR, such as RUN/checkpoint-100/av. Adapters stay adapters (PEFT's layout) unless they are merged into the "
      "weights; weights become a Hugging Face directory. The sidecar, and an AR's value head, go along.",
      "nla export runs/av/checkpoint-500/av --merge --out my-av",
-     run_export, 1, 1, ENGINE | QUIET, PAIR,
+     run_export, 1, 1, TRAINING_ENGINE | QUIET, PAIR,
      {TEXT("out", out, "DIR", "the directory to make"), FLAG("merge", merge, "add the adapters to the weights they are for"),
       TEXT("dtype", dtype, "bf16|f32", "of weights (default: bf16) or adapters (default: f32); a head is f32"),
       TEXT("base", base, "DIR", "the base that adapters name, from here or from --out (default: as now)")}},
@@ -275,7 +276,7 @@ const Command commands[] = {
      "Runs every op forward and back at several sizes and, with --model, a whole forward pass on both engines; prints the largest "
      "difference of each output relative to the largest number expected, and its bound. Exits with 1 when one is beyond. Needs a GPU.",
      "nla verify --model models/smollm2",
-     run_verify, 0, 0, ENGINE | JSON | QUIET, MODEL_DIR, {MODEL_OPTION}},
+     run_verify, 0, 0, TRAINING_ENGINE | JSON | QUIET, MODEL_DIR, {MODEL_OPTION}},
 
     {"dump", "--model DIR --out FILE [TEXT|-]", "every intermediate of one forward pass, for diffing",
      "Writes a safetensors file: input_ids (i64) and, as f32 [tokens, width] under the names of transformers' modules, what they put out: "

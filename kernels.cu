@@ -6,11 +6,12 @@
  * What must stay true: every sum has one fixed order. There are no atomics: work is divided by outputs, and long sums go through
  * chunks whose borders depend on sizes alone. Same seed, same GPU, same library: same bits.
  *
- * Order: number formats, sums; the engine's memory; matrix products; row by row ops; RoPE; attention; losses and sampling; the
- * optimizer; the table. tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are
- * launched through LAUNCH, and shared memory is asked for through SHARED and SHARED_DYNAMIC, for its sake.
+ * Order: number formats, sums; the engine's memory; recorded steps; working copies of weights; matrix products (tiles.cuh: a block's own;
+ * quantised.cuh: weights of one byte); row by row ops; RoPE; attention (attention.cuh); losses and sampling; the optimizer; the table.
+ * tests/cuda_shim.h compiles this file as plain C++ and runs its blocks on the CPU (NLA_SHIM): kernels are launched through LAUNCH, and
+ * shared memory is asked for through SHARED and SHARED_DYNAMIC, for its sake.
  */
-#include "nla.h"
+#include "quantise.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -127,16 +128,29 @@ struct Copy {
 struct CopyKey {
     const void *first;
     size_t count;
-    bool operator<(const CopyKey &b) const { return first != b.first ? first < b.first : count < b.count; }
+    WeightFormat format;
+    bool operator<(const CopyKey &b) const {
+        return first != b.first ? first < b.first : count != b.count ? count < b.count : format < b.format;
+    }
 };
 
 /* A small host array on its way to the device: uploaded only when it is not what was uploaded from there last. */
 struct Staged {
-    const void *host;
+    const void *host; /* NULL: an array that an op makes */
     std::vector<char> content;
     void *device;
     size_t room;
-    uint64_t used; /* when it was last asked for */
+    uint64_t used; /* when it was last asked for; a step's: 0 = not uploaded yet */
+};
+
+/* A step of decoding as a CUDA graph. A shape's first step runs op by op, which makes all copies of weights and all working memory that
+ * it needs; its second is recorded; from then on one launch repeats it. What changes from step to step stands in `staged`, arrays of the
+ * step's own, and is uploaded before each launch. Whatever moves memory or changes a weight's copy drops the step (drop_step). */
+struct Step {
+    std::vector<char> shape; /* of the last step; empty: there was none */
+    std::vector<Staged> staged;
+    bool recording;
+    cudaGraphExec_t graph; /* NULL: not recorded */
 };
 
 enum Slot { WORK_A, WORK_B, WORK_PARTIAL, WORK_ROWS, WORK_GEMM, WORK_RESULT, WORK_SLOTS };
@@ -147,6 +161,8 @@ struct Cuda {
     std::map<CopyKey, Copy> copy;
     std::vector<Staged> staged;
     uint64_t stagings;
+    Step step;
+    bool op_by_op; /* steps are never recorded: NLA_GRAPHS=0, for a profiler's sake */
     void *work[WORK_SLOTS];
     size_t work_room[WORK_SLOTS];
     MemoryUse memory;
@@ -243,6 +259,19 @@ static DType dtype_of(const Cuda *c, const void *p, DType otherwise) {
     return find_piece(c, p, &start, &piece) ? piece.dtype : otherwise;
 }
 
+static void drop_step(Cuda *c) {
+    Step *s = &c->step;
+    if (s->graph) {
+        cudaStreamSynchronize(c->stream);
+        cudaGraphExecDestroy(s->graph);
+    }
+    for (Staged &x : s->staged) {
+        cudaFree(x.device);
+        memory_count(&c->memory, MEMORY_WORK, 0, x.room);
+    }
+    *s = Step();
+}
+
 /* What happens to the copies of weights in [from, from + bytes): dropped, or to be made anew at their next use. */
 static void touch_copies(Cuda *c, const void *from, size_t bytes, bool drop) {
     const char *low = (const char *)from, *high = low + bytes;
@@ -253,6 +282,9 @@ static void touch_copies(Cuda *c, const void *from, size_t bytes, bool drop) {
             inside = inside || (s && s >= low && s < high);
         }
         it->second.stale = it->second.stale || inside;
+        if (inside) {
+            drop_step(c);
+        }
         if (inside && drop) {
             cudaFree(it->second.data);
             memory_count(&c->memory, MEMORY_COPIES, 0, it->second.bytes);
@@ -280,6 +312,7 @@ static void cuda_free(Engine *e, void *memory) {
     if (it != c->piece.end()) {
         touch_copies(c, memory, it->second.bytes, true);
         memory_count(&c->memory, MEMORY_GIVEN, 0, it->second.bytes);
+        drop_step(c);
         c->piece.erase(it);
         cudaFree(memory);
     }
@@ -288,6 +321,7 @@ static void cuda_free(Engine *e, void *memory) {
 /* Working memory of an op: as large as the largest asked for so far. What was in it is lost when it grows. */
 static void *work(Cuda *c, Slot slot, size_t bytes) {
     if (bytes > c->work_room[slot]) {
+        drop_step(c);
         cudaFree(c->work[slot]); /* waits for what still uses it */
         memory_count(&c->memory, MEMORY_WORK, 0, c->work_room[slot]);
         c->work[slot] = device_memory(bytes);
@@ -313,38 +347,125 @@ static void copy_out(Cuda *c, void *host, const void *device, size_t bytes) {
     }
 }
 
-/* A small host array (token ids, positions, segments), on the device until STAGED - 1 others have been asked for: an op stages
- * fewer, so what it has staged stays. */
-template <typename S> static const S *stage(Cuda *c, const S *host, size_t count) {
-    size_t bytes = count * sizeof(S);
-    Staged *place = NULL, *oldest = &c->staged[0];
+/* An array's place among `all`: where this host array was before, with room for it; else `otherwise`. */
+static Staged *staged_place(std::vector<Staged> &all, const void *host, const void *content, size_t bytes, Staged *otherwise) {
+    for (Staged &s : all) {
+        bool same = s.content.size() == bytes && s.host == host;
+        if (same && (host || memcmp(s.content.data(), content, bytes) == 0)) {
+            return &s;
+        }
+    }
+    return otherwise;
+}
+
+static void upload(Cuda *c, Staged *s, const void *content, size_t bytes) {
+    if (bytes > s->room) {
+        cudaFree(s->device);
+        memory_count(&c->memory, MEMORY_WORK, 0, s->room);
+        s->room = 2 * bytes;
+        s->device = device_memory(s->room);
+        if (!s->device) {
+            set_failed(c, "GPU: no memory for an array of %zu bytes", s->room);
+            s->room = 0;
+        }
+        memory_count(&c->memory, MEMORY_WORK, s->room, 0);
+    }
+    s->content.assign((const char *)content, (const char *)content + bytes);
+    if (s->device && !c->step.recording) { /* else it is uploaded before the step runs */
+        copy_in(c, s->device, s->content.data(), bytes);
+    }
+}
+
+/* An array of the step that is being recorded. */
+static const void *stage_in_step(Cuda *c, const void *host, const void *content, size_t bytes) {
+    Staged *place = staged_place(c->step.staged, host, content, bytes, NULL);
+    if (!place) {
+        c->step.staged.push_back(Staged());
+        place = &c->step.staged.back();
+        place->host = host;
+        upload(c, place, content, bytes);
+    }
+    return place->device;
+}
+
+static const void *stage_bytes(Cuda *c, const void *host, const void *content, size_t bytes) {
+    if (c->step.recording) {
+        return stage_in_step(c, host, content, bytes);
+    }
+    Staged *oldest = &c->staged[0];
     for (Staged &s : c->staged) {
-        place = s.host == host && s.content.size() == bytes ? &s : place;
         oldest = s.used < oldest->used ? &s : oldest;
     }
-    bool same = place && memcmp(place->content.data(), host, bytes) == 0;
-    place = place ? place : oldest;
+    Staged *place = staged_place(c->staged, host, content, bytes, oldest);
+    bool same = place->host == host && place->content.size() == bytes && memcmp(place->content.data(), content, bytes) == 0;
     place->used = ++c->stagings;
-    if (same) {
-        return (const S *)place->device;
+    if (!same) {
+        place->host = host;
+        upload(c, place, content, bytes);
     }
-    if (bytes > place->room) {
-        cudaFree(place->device);
-        memory_count(&c->memory, MEMORY_WORK, 0, place->room);
-        place->room = 2 * bytes;
-        place->device = device_memory(place->room);
-        if (!place->device) {
-            set_failed(c, "GPU: no memory for an array of %zu bytes", place->room);
-            place->room = 0;
+    return place->device;
+}
+
+/* A small host array (token ids, positions, segments), on the device until STAGED - 1 others have been asked for: an op stages
+ * fewer, so what it has staged stays. One that the caller has may change from step to step; one that an op makes (a vector) must
+ * follow from the step's shape alone. */
+template <typename S> static const S *stage(Cuda *c, const S *host, size_t count) {
+    return (const S *)stage_bytes(c, host, host, count * sizeof(S));
+}
+
+template <typename S> static const S *stage(Cuda *c, const std::vector<S> &made) {
+    return (const S *)stage_bytes(c, NULL, made.data(), made.size() * sizeof(S));
+}
+
+/* ---- steps */
+
+static void run_step(Cuda *c) {
+    for (Staged &s : c->step.staged) {
+        if (s.host && memcmp(s.content.data(), s.host, s.content.size()) != 0) {
+            memcpy(s.content.data(), s.host, s.content.size());
+            s.used = 0;
         }
-        memory_count(&c->memory, MEMORY_WORK, place->room, 0);
+        if (s.used++ == 0) {
+            copy_in(c, s.device, s.content.data(), s.content.size());
+        }
     }
-    place->host = host;
-    place->content.assign((const char *)host, (const char *)host + bytes);
-    if (place->device) {
-        copy_in(c, place->device, host, bytes);
+    good(c, cudaGraphLaunch(c->step.graph, c->stream), "a recorded step");
+}
+
+static bool cuda_begin_step(Engine *e, const void *shape, size_t bytes) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    Step *s = &c->step;
+    if (c->failed[0] || c->op_by_op) {
+        return false;
     }
-    return (const S *)place->device;
+    if (s->shape.size() != bytes || memcmp(s->shape.data(), shape, bytes) != 0) {
+        drop_step(c);
+        s->shape.assign((const char *)shape, (const char *)shape + bytes);
+        return false;
+    }
+    if (s->graph) {
+        run_step(c);
+        return true;
+    }
+    s->recording = good(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed), "recording a step");
+    return false;
+}
+
+static void cuda_end_step(Engine *e) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    Step *s = &c->step;
+    cudaGraph_t graph = NULL;
+    if (!s->recording) {
+        return;
+    }
+    s->recording = false;
+    if (good(c, cudaStreamEndCapture(c->stream, &graph), "recording a step") &&
+        good(c, cudaGraphInstantiate(&s->graph, graph, 0), "making a recorded step")) {
+        cudaGraphDestroy(graph);
+        run_step(c);
+    }
 }
 
 static void cuda_read(Engine *e, float *host, const Act *x, size_t offset, size_t count) {
@@ -495,34 +616,51 @@ template <typename T> static void fill_copy(Cuda *c, T *out, const Tensor *t, si
     }
 }
 
-/* The copy of n tensors one behind the other, count numbers in all; zeros where one has no data. */
-template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int n, const size_t *counts) {
-    size_t count = 0;
+/* The copy of n tensors of `count` numbers in all, stale when it has just been made. NULL: there is no memory for it. */
+static Copy *find_copy(Cuda *c, const Tensor *t, int n, size_t count, size_t bytes, WeightFormat format) {
     const void *first = NULL;
     for (int i = 0; i < n; i++) {
-        count += counts[i];
         first = first ? first : t[i].data;
     }
-    const char *start;
-    Piece piece;
-    if (n == 1 && t->dtype == DTYPE<T> && find_piece(c, t->data, &start, &piece)) {
-        return (const T *)t->data;
-    }
-    auto it = c->copy.find(CopyKey{first, count});
+    auto it = c->copy.find(CopyKey{first, count, format});
     if (it == c->copy.end()) {
-        Copy made = {{NULL, NULL, NULL}, device_memory(count * sizeof(T)), count * sizeof(T), true};
+        Copy made = {{NULL, NULL, NULL}, device_memory(bytes), bytes, true};
         if (!made.data) {
-            set_failed(c, "GPU: no memory for the weights; use adapters, a smaller model or smaller batches");
+            set_failed(c, "GPU: no memory for the weights; use adapters, --weights int8, a smaller model or smaller batches");
             return NULL;
         }
         for (int i = 0; i < n; i++) {
             made.source[i] = t[i].data;
         }
-        it = c->copy.insert({CopyKey{first, count}, made}).first;
+        it = c->copy.insert({CopyKey{first, count, format}, made}).first;
         memory_count(&c->memory, MEMORY_COPIES, made.bytes, 0);
     }
-    if (it->second.stale) {
-        T *out = (T *)it->second.data;
+    return &it->second;
+}
+
+/* Whether n tensors stand in the engine's memory as their copy would, aligned like it: trained weights of the engine's own format. */
+template <typename T> static bool stands_as(const Cuda *c, const Tensor *t, int n, const size_t *counts) {
+    const char *start;
+    Piece piece;
+    bool as = (uintptr_t)t->data % 16 == 0 && find_piece(c, t->data, &start, &piece);
+    for (int i = 0; i < n; i++) {
+        as = as && t[i].dtype == DTYPE<T> && (i == 0 || t[i].data == (const T *)t[i - 1].data + counts[i - 1]);
+    }
+    return as;
+}
+
+/* The copy of n tensors one behind the other; zeros where one has no data. */
+template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int n, const size_t *counts) {
+    size_t count = 0;
+    for (int i = 0; i < n; i++) {
+        count += counts[i];
+    }
+    if (stands_as<T>(c, t, n, counts)) {
+        return (const T *)t->data;
+    }
+    Copy *copy = find_copy(c, t, n, count, count * sizeof(T), WEIGHTS_AS_STORED);
+    if (copy && copy->stale) {
+        T *out = (T *)copy->data;
         for (int i = 0; i < n; out += counts[i], i++) {
             if (t[i].data) {
                 fill_copy<T>(c, out, &t[i], counts[i]);
@@ -530,9 +668,9 @@ template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int
                 good(c, cudaMemsetAsync(out, 0, counts[i] * sizeof(T), c->stream), "zero");
             }
         }
-        it->second.stale = false;
+        copy->stale = false;
     }
-    return (const T *)it->second.data;
+    return copy ? (const T *)copy->data : NULL;
 }
 
 /* A stack of matrices as one [out, in]; its biases as one [out] (NULL: none has any); one matrix; a norm's weights. */
@@ -592,11 +730,7 @@ static float shim_number(const void *p, DType dtype, size_t i) {
     return dtype == DT_F32 ? ((const float *)p)[i] : widen(((const bf16 *)p)[i]);
 }
 
-static void gemm(Cuda *c, const Gemm &g) {
-    if (c->failed[0] || g.M == 0 || g.N == 0) {
-        return;
-    }
-    shim_begin("gemm");
+static void gemm_loops(const Gemm &g) {
     std::vector<float> a((size_t)g.M * (size_t)g.K), b((size_t)g.N * (size_t)g.K);
     for (size_t k = 0; k < (size_t)g.K; k++) {
         for (size_t m = 0; m < (size_t)g.M; m++) {
@@ -622,7 +756,12 @@ static void gemm(Cuda *c, const Gemm &g) {
             }
         }
     }
-    shim_end();
+}
+
+static void gemm(Cuda *c, const Gemm &g) {
+    if (!c->failed[0] && g.M > 0 && g.N > 0) {
+        shim_library("gemm", [g] { gemm_loops(g); });
+    }
 }
 
 static bool gemm_open(Cuda *c, Err *err) { return (void)c, (void)err, true; }
@@ -786,14 +925,28 @@ template <typename T> __global__ void add_bias_kernel(T *y, const float *b, int 
     }
 }
 
+#include "tiles.cuh"
+
+#include "quantised.cuh"
+
 template <typename T> static void cuda_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     RANGE();
     Cuda *c = cuda_of(e);
-    const T *W = matrices_of<T>(c, w), *in = as_act<T>(c, WORK_A, x, (size_t)N * (size_t)w->in);
     const float *b = biases_of(c, w);
     size_t I = (size_t)w->in, O = (size_t)w->out;
     DType to = dtype_of(c, out, DTYPE<T>);
-    gemm(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0});
+    if (w->format == WEIGHTS_AS_STORED) {
+        const T *W = matrices_of<T>(c, w), *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
+        gemm(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0});
+    } else {
+        Quantised q = quantised_copy<T>(c, w);
+        const T *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
+        if (N <= FEW_ROWS) {
+            few_rows<T>(c, out, to, in, q, b, w, N);
+            return;
+        }
+        many_rows<T>(c, out, to, in, q, w, N);
+    }
     if (b && to == DT_F32) {
         LAUNCH(c, add_bias_kernel<float>, (unsigned)N, row_threads(w->out), 0, (float *)out, b, w->out);
     } else if (b) {
@@ -1111,6 +1264,38 @@ template <typename T> static void cuda_add(Engine *e, Act *out, const Act *x, co
     }
 }
 
+/* sum = x + y rounded to T, and its norm: the numbers that add and rmsnorm give. Grid: a block a row; a thread reads again what it has
+ * written itself. Bound: memory, 4 sizeof(T) bytes a number. */
+template <typename T, int W>
+__global__ void add_rmsnorm_kernel(T *sum, T *out, const T *x, const T *y, const float *w, int D, float eps, float plus) {
+    size_t at = (size_t)blockIdx.x * (size_t)D;
+    float squares = 0;
+    for (int i = (int)threadIdx.x * W; i < D; i += (int)blockDim.x * W) {
+        Pack<T, W> a = load<W>(x + at + i), b = load<W>(y + at + i);
+        for (int j = 0; j < W; j++) {
+            a.x[j] = narrow<T>(widen(a.x[j]) + widen(b.x[j]));
+            squares += widen(a.x[j]) * widen(a.x[j]);
+        }
+        store<W>(sum + at + i, a);
+    }
+    float inverse = 1.0f / sqrtf(block_sum(squares) / (float)D + eps);
+    for (int i = (int)threadIdx.x * W; i < D; i += (int)blockDim.x * W) {
+        Pack<T, W> p = load<W>(sum + at + i);
+        for (int j = 0; j < W; j++) {
+            p.x[j] = narrow<T>(widen(p.x[j]) * inverse * (w[i + j] + plus));
+        }
+        store<W>(out + at + i, p);
+    }
+}
+
+template <typename T>
+static void cuda_add_rmsnorm(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps,
+                             int plus_one) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    LAUNCH_ROWS(c, add_rmsnorm_kernel, N, D, (T *)sum, (T *)out, (const T *)x, (const T *)y, vector_of(c, w, D), D, eps, (float)plus_one);
+}
+
 /* out[to[i],:] = x[from[i],:]; NULL: i itself. Grid: a block a row. Bound: memory, 2 sizeof(T) bytes a number. */
 template <typename T, int W> __global__ void move_rows_kernel(T *out, const T *x, const int *to, const int *from, int D) {
     size_t i = blockIdx.x, into = to ? (size_t)to[i] : i, source = from ? (size_t)from[i] : i;
@@ -1167,7 +1352,7 @@ static void cuda_embed_backward(Engine *e, const Tensor *dtable, const Act *dx, 
     }
     if (!id.empty()) {
         LAUNCH(c, embed_backward_kernel<T>, (unsigned)id.size(), row_threads(D), 0, (float *)dtable->data, (const T *)dx,
-               stage(c, id.data(), id.size()), stage(c, first.data(), first.size()), stage(c, row.data(), row.size()), D, scale);
+               stage(c, id), stage(c, first), stage(c, row), D, scale);
     }
 }
 
@@ -1309,522 +1494,7 @@ static void cuda_rope_qkv_backward(Engine *e, Act *dqkv, const Tensor *dq_norm, 
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ products of tiles
- * A block's own small products, operands in shared memory: C [M,N] (+)= op(A) op(B), M, N, K multiples of 16. C is fp32. bf16
- * operands go through the tensor cores, 16 x 16 of C to a warp at a time; fp32 ones through plain loops, the same function's plain
- * twin. Leading dimensions are multiples of 8 numbers and tiles start at 32 bytes, as wmma wants. Barriers are the caller's. */
-
-namespace {
-struct TileShape {
-    int M, N, K, lda, ldb, ldc;
-};
-} // namespace
-
-template <bool TA, bool TB>
-__device__ static inline void tile_product(float *c, const float *a, const float *b, const TileShape &s, bool add) {
-    for (int at = (int)threadIdx.x; at < s.M * s.N; at += (int)blockDim.x) {
-        int m = at / s.N, n = at % s.N;
-        float sum = add ? c[m * s.ldc + n] : 0.0f;
-        for (int k = 0; k < s.K; k++) {
-            sum += (TA ? a[k * s.lda + m] : a[m * s.lda + k]) * (TB ? b[n * s.ldb + k] : b[k * s.ldb + n]);
-        }
-        c[m * s.ldc + n] = sum;
-    }
-}
-
-template <bool TA, bool TB>
-__device__ static inline void tile_product(float *c, const bf16 *a, const bf16 *b, const TileShape &s, bool add) {
-    using namespace nvcuda;
-    int across = s.N / 16, tiles = s.M / 16 * across;
-    for (int t = (int)threadIdx.x / WARP; t < tiles; t += (int)blockDim.x / WARP) {
-        int m = t / across * 16, n = t % across * 16;
-        wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-        if (add) {
-            wmma::load_matrix_sync(sum, c + m * s.ldc + n, (unsigned)s.ldc, wmma::mem_row_major);
-        } else {
-            wmma::fill_fragment(sum, 0.0f);
-        }
-        for (int k = 0; k < s.K; k += 16) {
-            wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, typename std::conditional<TA, wmma::col_major, wmma::row_major>::type> x;
-            wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, typename std::conditional<TB, wmma::col_major, wmma::row_major>::type> y;
-            wmma::load_matrix_sync(x, TA ? a + k * s.lda + m : a + m * s.lda + k, (unsigned)s.lda);
-            wmma::load_matrix_sync(y, TB ? b + n * s.ldb + k : b + k * s.ldb + n, (unsigned)s.ldb);
-            wmma::mma_sync(sum, x, y, sum);
-        }
-        wmma::store_matrix_sync(c + m * s.ldc + n, sum, (unsigned)s.ldc, wmma::mem_row_major);
-    }
-}
-
-/* ------------------------------------------------------------------------------------------------ attention
- * Flash attention over a forest. Rows of a tile are (query, head) pairs of one run and one key/value head, pair p being query
- * p / group, head p % group; columns are keys of one segment. A block walks the ancestors' keys from the root down with a running
- * maximum and sum. Tiles start at each segment's own start, so a row's additions depend only on its own chain of segments. */
-
-namespace {
-
-struct Item {
-    int run, pair; /* pairs [pair, pair + rows) of a run, or keys from `pair` on of its segment */
-};
-
-struct Attend {
-    const Segment *segment;
-    const Run *run;
-    const Item *item;
-    int H, G, E, width; /* width: E rounded up to 16 */
-    int rows, keys;     /* of a tile */
-    int window;
-    float scale;
-};
-
-enum { ATTEND_THREADS = 128, PAD = 8 }; /* PAD: numbers that keep a tile's rows out of step with the banks */
-
-__host__ __device__ inline int padded(int n) { return n + PAD; }
-
-} // namespace
-
-template <typename T, int W, typename Source>
-__device__ static inline void load_packs(T *tile, int rows, int n, int E, int width, const Source &source) {
-    for (int at = (int)threadIdx.x; at < rows * (width / W); at += (int)blockDim.x) {
-        int i = at / (width / W), x = at % (width / W) * W;
-        Pack<T, W> p;
-        for (int j = 0; j < W; j++) {
-            p.x[j] = narrow<T>(0);
-        }
-        store<W>(tile + i * padded(width) + x, i < n && x < E ? load<W>(source(i) + x) : p);
-    }
-}
-
-/* A tile of `n` rows of `E` numbers, row i at source(i), zeros to whole tiles. */
-template <typename T, typename Source>
-__device__ static inline void load_tile(T *tile, int rows, int n, int E, int width, const Source &source) {
-    if (E % WIDE<T> == 0) {
-        load_packs<T, WIDE<T>>(tile, rows, n, E, width, source);
-    } else {
-        load_packs<T, 1>(tile, rows, n, E, width, source);
-    }
-}
-
-/* The segments from the root down to `seg`, in shared memory; how many. All threads call it. */
-__device__ static inline int find_chain(int *chain, const Segment *segment, int seg) {
-    int depth = 0;
-    for (int s = seg; s >= 0 && depth < MAX_DEPTH; s = segment[s].parent) {
-        depth++;
-    }
-    if (threadIdx.x == 0) {
-        int at = depth;
-        for (int s = seg; at > 0; s = segment[s].parent) {
-            chain[--at] = s;
-        }
-    }
-    __syncthreads();
-    return depth;
-}
-
-/* Keys [from, to) of a tile that starts at `position` that the query at position `query` sees. */
-__device__ static inline void visible(int *from, int *to, int query, int position, int n_keys, bool own, int window) {
-    *to = own && query - position + 1 < n_keys ? query - position + 1 : n_keys;
-    *from = window > 0 && query - window + 1 > position ? query - window + 1 - position : 0;
-}
-
-/* Whether any query of positions [first, last] sees a key of the tile. */
-__device__ static inline bool worth(int first, int last, int position, int n_keys, bool own, int window) {
-    return !(own && position > last) && !(window > 0 && first - (position + n_keys - 1) >= window);
-}
-
-/* One row of scores: they become weights relative to the new maximum, the sum and the output so far are scaled to it. A warp
- * calls it, lanes along the keys. */
-template <typename T>
-__device__ static inline void softmax_row(float *score, T *weight, float *o, float *largest, float *sum, int from, int to, const Attend &a) {
-    int lane = (int)threadIdx.x % WARP;
-    float most = *largest, total = 0;
-    for (int j = lane; j < a.keys; j += WARP) {
-        most = fmaxf(most, j >= from && j < to ? score[j] * a.scale : -INFINITY);
-    }
-    most = warp_max(most);
-    for (int j = lane; j < a.keys; j += WARP) {
-        float w = j >= from && j < to ? expf(score[j] * a.scale - most) : 0.0f;
-        weight[j] = narrow<T>(w);
-        total += w;
-    }
-    total = warp_sum(total);
-    float shrink = *largest == -INFINITY ? 0.0f : expf(*largest - most);
-    if (shrink != 1.0f) {
-        for (int i = lane; i < a.width; i += WARP) {
-            o[i] *= shrink;
-        }
-    }
-    __syncwarp();
-    if (lane == 0) {
-        *sum = *sum * shrink + total;
-        *largest = most;
-    }
-}
-
-/* Bytes of shared memory of attention_kernel. */
-template <typename T> __host__ __device__ static inline size_t attention_bytes(int rows, int keys, int width) {
-    return (size_t)rows * (size_t)padded(width) * (sizeof(T) + sizeof(float)) + (size_t)keys * (size_t)padded(width) * sizeof(T) +
-           (size_t)rows * (size_t)padded(keys) * (sizeof(T) + sizeof(float)) + 2 * (size_t)rows * sizeof(float);
-}
-
-/* Grid: (item, key/value head). Reads q once and the chain's keys and values once a tile of rows; bound: tensor cores when a tile is
- * full (4 E operations a pair and key), reading keys when it is not (decoding). */
-template <typename T> __global__ void attention_kernel(T *out, float *lse, const T *q, const T *k, const T *v, Attend a) {
-    SHARED_DYNAMIC(memory);
-    SHARED(int, chain, MAX_DEPTH);
-    int R = a.rows, C = a.keys, W = a.width, ld = padded(W), g = (int)blockIdx.y, group = a.H / a.G;
-    float *o = (float *)memory, *score = o + R * ld, *largest = score + R * padded(C), *sum = largest + R;
-    T *queries = (T *)(sum + R), *keys = queries + R * ld, *weight = keys + C * ld;
-    Item item = a.item[blockIdx.x];
-    Run run = a.run[item.run];
-    int pairs = run.n * group - item.pair < R ? run.n * group - item.pair : R;
-    int start = a.segment[run.seg].position + run.first; /* position of the run's first query */
-    int first = start + item.pair / group, last = start + (item.pair + pairs - 1) / group;
-    size_t E = (size_t)a.E, base = ((size_t)run.row * (size_t)a.H + (size_t)(g * group)) * E;
-    auto pair_at = [&](int r) { /* offset of a pair's row of q and out */
-        int p = item.pair + r;
-        return base + ((size_t)(p / group) * (size_t)a.H + (size_t)(p % group)) * E;
-    };
-    load_tile(queries, R, pairs, a.E, W, [&](int r) { return q + pair_at(r); });
-    for (int i = (int)threadIdx.x; i < R * ld; i += (int)blockDim.x) {
-        o[i] = 0;
-    }
-    for (int r = (int)threadIdx.x; r < R; r += (int)blockDim.x) {
-        largest[r] = -INFINITY;
-        sum[r] = 0;
-    }
-    int depth = find_chain(chain, a.segment, run.seg);
-    for (int link = 0; link < depth; link++) {
-        Segment seg = a.segment[chain[link]];
-        bool own = link == depth - 1;
-        int n_seg = own ? last - seg.position + 1 : seg.len;
-        for (int j = 0; j < n_seg; j += C) {
-            int n = n_seg - j < C ? n_seg - j : C, position = seg.position + j;
-            if (!worth(first, last, position, n, own, a.window)) {
-                continue;
-            }
-            size_t at = ((size_t)(seg.row + j) * (size_t)a.G + (size_t)g) * E, step = (size_t)a.G * E;
-            load_tile(keys, C, n, a.E, W, [&](int i) { return k + at + (size_t)i * step; });
-            __syncthreads();
-            tile_product<false, true>(score, queries, keys, TileShape{R, C, W, ld, ld, padded(C)}, false);
-            __syncthreads();
-            load_tile(keys, C, n, a.E, W, [&](int i) { return v + at + (size_t)i * step; });
-            for (int r = (int)threadIdx.x / WARP; r < R; r += (int)blockDim.x / WARP) {
-                int from = 0, to = 0;
-                if (r < pairs) {
-                    visible(&from, &to, start + (item.pair + r) / group, position, n, own, a.window);
-                }
-                if (from < to) {
-                    softmax_row(score + r * padded(C), weight + r * padded(C), o + r * ld, &largest[r], &sum[r], from, to, a);
-                } else { /* sees none of these keys */
-                    for (int i = (int)threadIdx.x % WARP; i < C; i += WARP) {
-                        weight[r * padded(C) + i] = narrow<T>(0);
-                    }
-                }
-            }
-            __syncthreads();
-            tile_product<false, false>(o, weight, keys, TileShape{R, W, C, padded(C), ld, ld}, true);
-            __syncthreads();
-        }
-    }
-    for (int at = (int)threadIdx.x; at < pairs * a.E; at += (int)blockDim.x) {
-        int r = at / a.E, x = at % a.E;
-        out[pair_at(r) + (size_t)x] = narrow<T>(o[r * ld + x] / sum[r]);
-    }
-    for (int r = (int)threadIdx.x; lse && r < pairs; r += (int)blockDim.x) {
-        lse[pair_at(r) / E] = largest[r] + logf(sum[r]);
-    }
-}
-
-/* Tiles' sizes: the largest whose shared memory a block can have. */
-template <typename Bytes> static bool choose_tiles(Cuda *c, Attend *a, int most, const Bytes &bytes) {
-    for (int size = most; size >= 16; size /= 2) {
-        a->rows = a->rows < size && a->rows > 0 ? a->rows : size;
-        a->keys = size;
-        if (bytes(a->rows, a->keys, a->width) + 1024 <= c->shared_limit) { /* 1024: what a block takes besides */
-            return true;
-        }
-    }
-    set_failed(c, "GPU: attention over heads of %d numbers does not fit into its shared memory of %zu bytes", a->E, c->shared_limit);
-    return false;
-}
-
-/* The segments that the runs and their ancestors are, staged; and the runs. */
-static void stage_forest(Cuda *c, Attend *a, const Segment *segment, const Run *run, int n_runs) {
-    int segments = 0;
-    for (int r = 0; r < n_runs; r++) {
-        for (int s = run[r].seg; s >= 0; s = segment[s].parent) {
-            segments = s >= segments ? s + 1 : segments;
-        }
-    }
-    a->segment = stage(c, segment, (size_t)segments);
-    a->run = stage(c, run, (size_t)n_runs);
-}
-
-static std::vector<Item> tiles_of(const Run *run, int n_runs, int per_token, int size) {
-    std::vector<Item> items;
-    for (int r = 0; r < n_runs; r++) {
-        for (int p = 0; p < run[r].n * per_token; p += size) {
-            items.push_back(Item{r, p});
-        }
-    }
-    return items;
-}
-
-static Attend attend_of(int H, int G, int E, float scale, int window) {
-    return Attend{NULL, NULL, NULL, H, G, E, (E + 15) / 16 * 16, 0, 0, window, scale};
-}
-
-template <typename T>
-static void cuda_attention(Engine *e, Act *out, Act *lse, const Act *q, const Act *k, const Act *v, const Segment *segment, const Run *run,
-                           int n_runs, int H, int G, int E, float scale, int window) {
-    RANGE();
-    Cuda *c = cuda_of(e);
-    Attend a = attend_of(H, G, E, scale, window);
-    int most = 0;
-    for (int r = 0; r < n_runs; r++) {
-        most = run[r].n * (H / G) > most ? run[r].n * (H / G) : most;
-    }
-    a.rows = most <= 16 ? 16 : 0; /* decoding: a tile of a token's heads */
-    if (n_runs == 0 || !choose_tiles(c, &a, 64, attention_bytes<T>)) {
-        return;
-    }
-    std::vector<Item> items = tiles_of(run, n_runs, H / G, a.rows);
-    stage_forest(c, &a, segment, run, n_runs);
-    a.item = stage(c, items.data(), items.size());
-    LAUNCH(c, attention_kernel<T>, dim3((unsigned)items.size(), (unsigned)G), ATTEND_THREADS, attention_bytes<T>(a.rows, a.keys, a.width),
-           (T *)out, (float *)lse, (const T *)q, (const T *)k, (const T *)v, a);
-}
-
-/* ---- the way back: twice over the same tiles of P, each time with one owner for every sum */
-
-namespace {
-template <typename T> struct AttendBack {
-    const T *q, *k, *v, *dout;
-    const float *lse, *delta;
-    const int *first_descendant, *descendant; /* of each run: the runs of its segment and of those below it, in the batch's order */
-    Attend a;
-};
-} // namespace
-
-/* delta[n,h] = dout . out. Grid: 4 pairs a block, a warp a pair. Bound: memory, 2 sizeof(T) bytes a number. */
-template <typename T> __global__ void attention_delta_kernel(float *delta, const T *dout, const T *out, size_t pairs, int E) {
-    size_t pair = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    float sum = 0;
-    for (int i = (int)threadIdx.x % WARP; pair < pairs && i < E; i += WARP) {
-        sum += widen(dout[pair * (size_t)E + (size_t)i]) * widen(out[pair * (size_t)E + (size_t)i]);
-    }
-    sum = warp_sum(sum);
-    if (pair < pairs && threadIdx.x % WARP == 0) {
-        delta[pair] = sum;
-    }
-}
-
-namespace {
-/* A block's tiles on the way back. acc is dq, or dk with dv behind it. */
-template <typename T> struct BackTiles {
-    float *acc, *acc2, *score, *dp;
-    T *queries, *dout, *keys, *values, *p, *ds;
-};
-} // namespace
-
-/* Shared memory of the way back; with `memory` NULL only its size is wanted. */
-template <typename T> __host__ __device__ static inline size_t back_tiles(BackTiles<T> *t, char *memory, int R, int C, int W, bool keys) {
-    size_t ld = (size_t)padded(W), acc = (size_t)(keys ? C : R) * ld, scores = (size_t)R * (size_t)padded(C);
-    float *f = (float *)memory;
-    size_t floats = acc * (keys ? 2 : 1) + 2 * scores, numbers = 2 * (size_t)(R + C) * ld + 2 * scores;
-    if (memory) {
-        t->acc = f;
-        t->acc2 = keys ? f + acc : NULL;
-        t->score = f + acc * (keys ? 2 : 1);
-        t->dp = t->score + scores;
-        t->queries = (T *)(f + floats);
-        t->dout = t->queries + (size_t)R * ld;
-        t->keys = t->dout + (size_t)R * ld;
-        t->values = t->keys + (size_t)C * ld;
-        t->p = t->values + (size_t)C * ld;
-        t->ds = t->p + scores;
-    }
-    return floats * sizeof(float) + numbers * sizeof(T);
-}
-
-/* P and dS of a tile whose queries, keys, gradients and values stand in shared memory. Barriers at both ends. */
-template <typename T>
-__device__ static inline void score_gradients(const AttendBack<T> &b, const BackTiles<T> &t, const Run &run, int pair0, int pairs, int g,
-                                              int position, int n_keys, bool own) {
-    const Attend &a = b.a;
-    int R = a.rows, C = a.keys, ld = padded(a.width), group = a.H / a.G, lds = padded(C);
-    int start = a.segment[run.seg].position + run.first;
-    __syncthreads();
-    tile_product<false, true>(t.score, t.queries, t.keys, TileShape{R, C, a.width, ld, ld, lds}, false);
-    tile_product<false, true>(t.dp, t.dout, t.values, TileShape{R, C, a.width, ld, ld, lds}, false);
-    __syncthreads();
-    for (int at = (int)threadIdx.x; at < R * C; at += (int)blockDim.x) {
-        int r = at / C, j = at % C, from = 0, to = 0, p = pair0 + r;
-        float weight = 0, ds = 0;
-        if (r < pairs) {
-            visible(&from, &to, start + p / group, position, n_keys, own, a.window);
-        }
-        if (j >= from && j < to) {
-            size_t row = (size_t)(run.row + p / group) * (size_t)a.H + (size_t)(g * group + p % group);
-            weight = expf(t.score[r * lds + j] * a.scale - b.lse[row]);
-            ds = weight * (t.dp[r * lds + j] - b.delta[row]) * a.scale;
-        }
-        t.p[r * lds + j] = narrow<T>(weight);
-        t.ds[r * lds + j] = narrow<T>(ds);
-    }
-    __syncthreads();
-}
-
-/* Queries' tiles: rows of q and dout of pairs [pair, pair + n) of a run. */
-template <typename T>
-__device__ static inline void load_queries(const AttendBack<T> &b, const BackTiles<T> &t, const Run &run, int pair, int n, int g) {
-    const Attend &a = b.a;
-    int group = a.H / a.G;
-    auto offset = [&](int r) {
-        int p = pair + r;
-        return ((size_t)(run.row + p / group) * (size_t)a.H + (size_t)(g * group + p % group)) * (size_t)a.E;
-    };
-    load_tile(t.queries, a.rows, n, a.E, a.width, [&](int r) { return b.q + offset(r); });
-    load_tile(t.dout, a.rows, n, a.E, a.width, [&](int r) { return b.dout + offset(r); });
-}
-
-template <typename T>
-__device__ static inline void load_keys(const AttendBack<T> &b, const BackTiles<T> &t, const Segment &seg, int j, int n, int g) {
-    const Attend &a = b.a;
-    size_t at = ((size_t)(seg.row + j) * (size_t)a.G + (size_t)g) * (size_t)a.E, step = (size_t)a.G * (size_t)a.E;
-    load_tile(t.keys, a.keys, n, a.E, a.width, [&](int i) { return b.k + at + (size_t)i * step; });
-    load_tile(t.values, a.keys, n, a.E, a.width, [&](int i) { return b.v + at + (size_t)i * step; });
-}
-
-/* dq: a tile of queries walks its ancestors' keys, as forward. Grid: (item, key/value head). Bound: tensor cores, 6 E operations a
- * pair and key. */
-template <typename T> __global__ void attention_dq_kernel(T *dq, AttendBack<T> b) {
-    SHARED_DYNAMIC(memory);
-    SHARED(int, chain, MAX_DEPTH);
-    const Attend &a = b.a;
-    BackTiles<T> t;
-    back_tiles(&t, memory, a.rows, a.keys, a.width, false);
-    int R = a.rows, C = a.keys, W = a.width, ld = padded(W), g = (int)blockIdx.y, group = a.H / a.G;
-    Item item = a.item[blockIdx.x];
-    Run run = a.run[item.run];
-    int pairs = run.n * group - item.pair < R ? run.n * group - item.pair : R;
-    int start = a.segment[run.seg].position + run.first, first = start + item.pair / group, last = start + (item.pair + pairs - 1) / group;
-    load_queries(b, t, run, item.pair, pairs, g);
-    for (int i = (int)threadIdx.x; i < R * ld; i += (int)blockDim.x) {
-        t.acc[i] = 0;
-    }
-    int depth = find_chain(chain, a.segment, run.seg);
-    for (int link = 0; link < depth; link++) {
-        Segment seg = a.segment[chain[link]];
-        bool own = link == depth - 1;
-        for (int j = 0; j < seg.len; j += C) {
-            int n = seg.len - j < C ? seg.len - j : C, position = seg.position + j;
-            if (!worth(first, last, position, n, own, a.window)) {
-                continue;
-            }
-            load_keys(b, t, seg, j, n, g);
-            score_gradients(b, t, run, item.pair, pairs, g, position, n, own);
-            tile_product<false, false>(t.acc, t.ds, t.keys, TileShape{R, W, C, padded(C), ld, ld}, true);
-            __syncthreads();
-        }
-    }
-    for (int at = (int)threadIdx.x; at < pairs * a.E; at += (int)blockDim.x) {
-        int r = at / a.E, x = at % a.E, p = item.pair + r;
-        size_t row = (size_t)(run.row + p / group) * (size_t)a.H + (size_t)(g * group + p % group);
-        dq[row * (size_t)a.E + (size_t)x] = narrow<T>(t.acc[r * ld + x]);
-    }
-}
-
-/* dk, dv: a tile of keys walks the queries of its segment and of all descendants, in the batch's order. Grid: (item, key/value
- * head). Bound: tensor cores, 8 E operations a pair and key. */
-template <typename T> __global__ void attention_dkv_kernel(T *dk, T *dv, AttendBack<T> b) {
-    SHARED_DYNAMIC(memory);
-    const Attend &a = b.a;
-    BackTiles<T> t;
-    back_tiles(&t, memory, a.rows, a.keys, a.width, true);
-    int R = a.rows, C = a.keys, W = a.width, ld = padded(W), g = (int)blockIdx.y, group = a.H / a.G;
-    Item item = a.item[blockIdx.x];
-    Run mine = a.run[item.run];
-    Segment seg = a.segment[mine.seg];
-    int j = item.pair, n = seg.len - j < C ? seg.len - j : C, position = seg.position + j;
-    for (int i = (int)threadIdx.x; i < C * ld; i += (int)blockDim.x) {
-        t.acc[i] = t.acc2[i] = 0;
-    }
-    load_keys(b, t, seg, j, n, g);
-    for (int i = b.first_descendant[item.run]; i < b.first_descendant[item.run + 1]; i++) {
-        Run run = a.run[b.descendant[i]];
-        bool own = run.seg == mine.seg;
-        int start = a.segment[run.seg].position + run.first;
-        for (int pair = 0; pair < run.n * group; pair += R) {
-            int pairs = run.n * group - pair < R ? run.n * group - pair : R;
-            if (!worth(start + pair / group, start + (pair + pairs - 1) / group, position, n, own, a.window)) {
-                continue;
-            }
-            load_queries(b, t, run, pair, pairs, g);
-            score_gradients(b, t, run, pair, pairs, g, position, n, own);
-            tile_product<true, false>(t.acc, t.ds, t.queries, TileShape{C, W, R, padded(C), ld, ld}, true);
-            tile_product<true, false>(t.acc2, t.p, t.dout, TileShape{C, W, R, padded(C), ld, ld}, true);
-            __syncthreads();
-        }
-    }
-    for (int at = (int)threadIdx.x; at < n * a.E; at += (int)blockDim.x) {
-        int i = at / a.E, x = at % a.E;
-        size_t out = ((size_t)(mine.row + j + i) * (size_t)a.G + (size_t)g) * (size_t)a.E + (size_t)x;
-        dk[out] = narrow<T>(t.acc[i * ld + x]);
-        dv[out] = narrow<T>(t.acc2[i * ld + x]);
-    }
-}
-
-/* For each run the runs that stand on its segment's tokens: descendant[first[r] .. first[r + 1]). */
-static void find_descendants(const Segment *segment, const Run *run, int n_runs, std::vector<int> *first, std::vector<int> *descendant) {
-    std::map<int, int> run_of; /* segment -> run */
-    std::vector<std::vector<int>> below((size_t)n_runs);
-    for (int r = 0; r < n_runs; r++) {
-        run_of[run[r].seg] = r;
-    }
-    for (int r = 0; r < n_runs; r++) {
-        for (int s = run[r].seg; s >= 0; s = segment[s].parent) {
-            auto it = run_of.find(s);
-            if (it != run_of.end()) {
-                below[(size_t)it->second].push_back(r);
-            }
-        }
-    }
-    first->assign(1, 0);
-    for (const std::vector<int> &list : below) {
-        descendant->insert(descendant->end(), list.begin(), list.end());
-        first->push_back((int)descendant->size());
-    }
-}
-
-template <typename T>
-static void cuda_attention_backward(Engine *e, Act *dq, Act *dk, Act *dv, const Act *dout, const Act *out, const Act *lse, const Act *q,
-                                    const Act *k, const Act *v, const Segment *segment, const Run *run, int n_runs, int H, int G, int E,
-                                    float scale, int window) {
-    RANGE();
-    Cuda *c = cuda_of(e);
-    Attend a = attend_of(H, G, E, scale, window);
-    auto query_bytes = [](int R, int C, int W) { return back_tiles<T>(NULL, NULL, R, C, W, false); };
-    auto key_bytes = [](int R, int C, int W) { return back_tiles<T>(NULL, NULL, R, C, W, true); };
-    if (n_runs == 0 || !choose_tiles(c, &a, 64, key_bytes)) {
-        return;
-    }
-    size_t pairs = (size_t)(run[n_runs - 1].row + run[n_runs - 1].n) * (size_t)H;
-    float *delta = (float *)work(c, WORK_ROWS, pairs * sizeof(float));
-    LAUNCH(c, attention_delta_kernel<T>, blocks_of(pairs, 4), 4 * WARP, 0, delta, (const T *)dout, (const T *)out, pairs, E);
-    std::vector<int> first, descendant;
-    find_descendants(segment, run, n_runs, &first, &descendant);
-    std::vector<Item> queries = tiles_of(run, n_runs, H / G, a.rows), keys = tiles_of(run, n_runs, 1, a.keys);
-    stage_forest(c, &a, segment, run, n_runs);
-    AttendBack<T> b = {(const T *)q, (const T *)k, (const T *)v, (const T *)dout, (const float *)lse, delta,
-                       stage(c, first.data(), first.size()), stage(c, descendant.data(), descendant.size()), a};
-    b.a.item = stage(c, queries.data(), queries.size());
-    LAUNCH(c, attention_dq_kernel<T>, dim3((unsigned)queries.size(), (unsigned)G), ATTEND_THREADS, query_bytes(a.rows, a.keys, a.width),
-           (T *)dq, b);
-    b.a.item = stage(c, keys.data(), keys.size());
-    LAUNCH(c, attention_dkv_kernel<T>, dim3((unsigned)keys.size(), (unsigned)G), ATTEND_THREADS, key_bytes(a.rows, a.keys, a.width), (T *)dk,
-           (T *)dv, b);
-}
+#include "attention.cuh"
 
 /* ------------------------------------------------------------------------------------------------ losses */
 
@@ -2139,6 +1809,11 @@ __device__ static inline void put_moments(bf16 *m, bf16 *v, float m1, float v1, 
     *v = round_stochastically(v1, random >> 16);
 }
 
+__device__ static inline void put_weight(float *w, float x, uint64_t, uint64_t) { *w = x; }
+__device__ static inline void put_weight(bf16 *w, float x, uint64_t key, uint64_t i) {
+    *w = round_stochastically(x, element_random(~key, i));
+}
+
 namespace {
 struct AdamwStep {
     AdamW how;
@@ -2147,22 +1822,31 @@ struct AdamwStep {
 };
 } // namespace
 
-/* Grid: 4 numbers a thread, 256 threads a block. Bound: memory, 12 + 4 sizeof(M) bytes a number. */
-template <typename M> __global__ void adamw_kernel(float *w, const float *g, M *m, M *v, size_t count, AdamwStep s) {
+/* Grid: 4 numbers a thread, 256 threads a block. Bound: memory, 4 + 2 sizeof(P) + 4 sizeof(M) bytes a number. */
+template <typename P, typename M> __global__ void adamw_kernel(P *w, const float *g, M *m, M *v, size_t count, AdamwStep s) {
     size_t from = (size_t)blockIdx.x * 1024;
     for (size_t i = from + threadIdx.x; i < count && i < from + 1024; i += blockDim.x) {
         float gradient = g[i] * s.g_scale;
         float m1 = s.how.beta1 * widen(m[i]) + (1 - s.how.beta1) * gradient;
         float v1 = s.how.beta2 * widen(v[i]) + (1 - s.how.beta2) * gradient * gradient;
         put_moments(&m[i], &v[i], m1, v1, s.key, i);
-        float x = w[i];
+        float x = widen(w[i]);
         x -= s.lr * s.how.decay * x;
-        w[i] = x - s.lr * s.correct1 * m1 / (sqrtf(v1 * s.correct2) + s.how.eps);
+        put_weight(&w[i], x - s.lr * s.correct1 * m1 / (sqrtf(v1 * s.correct2) + s.how.eps), s.key, i);
     }
 }
 
-static void cuda_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
-                       int64_t step, float g_scale, uint64_t key) {
+template <typename P>
+static void update_weights(Cuda *c, P *w, const float *g, void *m, void *v, DType moments, size_t count, const AdamwStep &s) {
+    if (moments == DT_BF16) {
+        LAUNCH(c, (adamw_kernel<P, bf16>), blocks_of(count, 1024), 256, 0, w, g, (bf16 *)m, (bf16 *)v, count, s);
+    } else {
+        LAUNCH(c, (adamw_kernel<P, float>), blocks_of(count, 1024), 256, 0, w, g, (float *)m, (float *)v, count, s);
+    }
+}
+
+static void cuda_adamw(Engine *e, void *w, DType weights, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how,
+                       float lr, int64_t step, float g_scale, uint64_t key) {
     RANGE();
     Cuda *c = cuda_of(e);
     AdamwStep s = {*how, lr, (float)(1 / (1 - pow((double)how->beta1, (double)step))),
@@ -2170,25 +1854,26 @@ static void cuda_adamw(Engine *e, Act *w, const Act *g, void *m, void *v, DType 
     if (count == 0) {
         return;
     }
-    if (moments == DT_BF16) {
-        LAUNCH(c, adamw_kernel<bf16>, blocks_of(count, 1024), 256, 0, (float *)w, (const float *)g, (bf16 *)m, (bf16 *)v, count, s);
+    if (weights == DT_BF16) {
+        update_weights(c, (bf16 *)w, (const float *)g, m, v, moments, count, s);
     } else {
-        LAUNCH(c, adamw_kernel<float>, blocks_of(count, 1024), 256, 0, (float *)w, (const float *)g, (float *)m, (float *)v, count, s);
+        update_weights(c, (float *)w, (const float *)g, m, v, moments, count, s);
     }
-    touch_copies(c, w, count * sizeof(float), false);
+    touch_copies(c, w, count * dtype_size(weights), false);
 }
 
 /* ------------------------------------------------------------------------------------------------ what it will take (--plan) */
 
 /* As working_copy: a weight in the right format that is engine memory already is used where it is. */
-static size_t cuda_copy_bytes(Engine *e, const Tensor *t, int n, bool owned, bool precise) {
-    size_t count = 0, size = precise || e->act_dtype == DT_F32 ? sizeof(float) : sizeof(bf16);
+static size_t cuda_copy_bytes(Engine *e, const Tensor *t, int n, DType owned, bool precise) {
+    DType kept = precise ? DT_F32 : e->act_dtype;
+    size_t count = 0;
     bool any = false;
     for (int i = 0; i < n; i++) {
         any = any || t[i].data;
         count += tensor_elements(&t[i]);
     }
-    return !any || (n == 1 && owned && size == sizeof(float)) ? 0 : count * size;
+    return !any || owned == kept ? 0 : count * dtype_size(kept);
 }
 
 /* The slots of `work` at their largest, and small host arrays on their way. */
@@ -2219,6 +1904,7 @@ template <typename T> static void fill_table(Engine *e) {
     e->attention = cuda_attention<T>;
     e->gated = cuda_gated<T>;
     e->add = cuda_add<T>;
+    e->add_rmsnorm = cuda_add_rmsnorm<T>;
     e->gather = cuda_gather<T>;
     e->scatter = cuda_scatter<T>;
     e->embed_backward = cuda_embed_backward<T>;
@@ -2235,6 +1921,7 @@ template <typename T> static void fill_table(Engine *e) {
 static void cuda_close(Engine *e) {
     Cuda *c = cuda_of(e);
     cudaStreamSynchronize(c->stream);
+    drop_step(c);
     for (auto &entry : c->copy) {
         cudaFree(entry.second.data);
     }
@@ -2287,7 +1974,9 @@ static bool open_device(Cuda *c, DType act, Err *err) {
 
 Engine *engine_open_cuda(DType act, Err *err) {
     Cuda *c = new Cuda();
+    const char *graphs = getenv("NLA_GRAPHS");
     c->staged.resize(STAGED);
+    c->op_by_op = graphs && strcmp(graphs, "0") == 0;
     if (!open_device(c, act, err) || !gemm_open(c, err)) {
         delete c;
         return NULL;
@@ -2306,6 +1995,8 @@ Engine *engine_open_cuda(DType act, Err *err) {
     e->unview = cuda_unview;
     e->forget = cuda_forget;
     e->check = cuda_check;
+    e->begin_step = cuda_begin_step;
+    e->end_step = cuda_end_step;
     e->close = cuda_close;
     e->start = cuda_start;
     e->stop = cuda_stop;

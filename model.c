@@ -520,6 +520,7 @@ static int load_block(Loader *l, int layer) {
     } else if (!bad) {
         bad = take(l, &b->mlp_in_norm, prefix, "post_attention_layernorm.weight", D, 0) != 0;
     }
+    b->qkv.format = b->o.format = b->gate_up.format = b->down.format = l->model->engine->weights;
     free(prefix);
     return bad ? -1 : 0;
 }
@@ -708,26 +709,27 @@ size_t model_parameters(const Model *m) {
     return n;
 }
 
-static size_t stack_copies(Engine *e, const Linear *w, bool trains) {
-    bool base = trains && !w->lora; /* with adapters it is they that train */
-    size_t bytes = w->n ? e->copy_bytes(e, w->w, w->n, base, false) + e->copy_bytes(e, w->b, w->n, base, true) : 0;
+/* Biases stand between the matrices of a stack where it trains, so that it is copied even when its format would do. */
+static size_t stack_copies(Engine *e, const Linear *w, DType base, DType adapters) {
+    bool biases = w->n > 1 && w->b[0].data;
+    size_t bytes = w->n ? e->copy_bytes(e, w->w, w->n, biases ? DT_OTHER : base, false) + e->copy_bytes(e, w->b, w->n, w->n > 1 ? DT_OTHER : base, true) : 0;
     if (w->lora) {
-        bytes += e->copy_bytes(e, w->lora->down.w, w->lora->down.n, trains, false);
+        bytes += e->copy_bytes(e, w->lora->down.w, w->lora->down.n, w->lora->down.n > 1 ? DT_OTHER : adapters, false);
         for (int i = 0; i < w->n; i++) {
-            bytes += e->copy_bytes(e, &w->lora->up[i], 1, trains, false);
+            bytes += e->copy_bytes(e, &w->lora->up[i], 1, adapters, false);
         }
     }
     return bytes;
 }
 
-size_t model_copies(const Model *m, const Linear *head, bool trains) {
+size_t model_copies(const Model *m, const Linear *head, DType masters) {
     Engine *e = m->engine;
-    bool base = trains && m->lora.rank == 0;
+    DType base = m->lora.rank ? DT_OTHER : masters; /* with adapters it is they that train */
     size_t bytes = e->copy_bytes(e, &m->embed, 1, base, false) + e->copy_bytes(e, &m->final_norm, 1, base, true);
     if (m->lm_head.n && !m->config.tied) {
         bytes += e->copy_bytes(e, m->lm_head.w, 1, base, false);
     }
-    bytes += head ? e->copy_bytes(e, head->w, 1, trains, false) : 0;
+    bytes += head ? e->copy_bytes(e, head->w, 1, masters, false) : 0;
     for (int i = 0; i < m->config.n_layers; i++) {
         const Block *b = &m->block[i];
         const Tensor *const norm[] = {&b->attn_in_norm, &b->attn_out_norm, &b->mlp_in_norm, &b->mlp_out_norm, &b->q_norm, &b->k_norm};
@@ -736,10 +738,27 @@ size_t model_copies(const Model *m, const Linear *head, bool trains) {
             bytes += e->copy_bytes(e, norm[j], 1, base, true);
         }
         for (int j = 0; j < 4; j++) {
-            bytes += stack_copies(e, stack[j], base || (trains && stack[j]->lora));
+            bytes += stack_copies(e, stack[j], base, masters);
         }
     }
     return bytes;
+}
+
+size_t model_bytes(const Model *m, DType act, WeightFormat format) {
+    size_t matrices = 0, rows = 0, vectors = tensor_elements(&m->final_norm), one = dtype_size(act);
+    size_t tables = tensor_elements(&m->embed) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
+    for (int i = 0; i < m->config.n_layers; i++) {
+        const Block *b = &m->block[i];
+        const Linear *const stack[] = {&b->qkv, &b->o, &b->gate_up, &b->down};
+        for (int j = 0; j < 4; j++) {
+            size_t n = (size_t)stack[j]->in * (size_t)stack[j]->out;
+            matrices += n;
+            rows += (size_t)stack[j]->out;
+            vectors += linear_elements(stack[j]) - n;
+        }
+    }
+    vectors += model_parameters(m) - matrices - tables - vectors; /* norms */
+    return tables * one + vectors * sizeof(float) + (format == WEIGHTS_AS_STORED ? matrices * one : matrices + rows * sizeof(float));
 }
 
 /* ------------------------------------------------------------------------------------------------ tensors by name */
@@ -1197,8 +1216,9 @@ static void rope_qkv(const Forest *f, const Kept *k, int layer, int N) {
                 c->n_kv_heads, c->head_dim);
 }
 
-/* mid = in + attention(norm(in)); out = mid + mlp(norm(mid)). Gemma norms both results once more before adding them. */
-static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) {
+/* mid = in + attention(norm(in)); out = mid + mlp(norm(mid)). Gemma norms both results once more before adding them. A block that
+ * follows another finds norm(in) in f->xn: adding and the norm behind it are one op. */
+static void forward_block(Forest *f, const Batch *b, int layer, bool follows, const Tap *tap) {
     const Model *m = f->model;
     const Config *c = &m->config;
     const Block *w = &m->block[layer];
@@ -1209,7 +1229,9 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     float eps = c->rms_norm_eps;
     Act *out = stream_after(f, layer);
 
-    e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    if (!follows) {
+        e->rmsnorm(e, f->xn, k.in, &w->attn_in_norm, N, D, eps, one);
+    }
     linear(f, k.qkv, f->xn, &w->qkv, N);
     rope_qkv(f, &k, layer, N);
     e->attention(e, k.att, k.lse, f->q, f->k[layer], f->v[layer], f->segment, b->run, (int)arrlen(b->run), c->n_heads, c->n_kv_heads,
@@ -1219,9 +1241,7 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     if (c->post_norms) {
         e->rmsnorm(e, f->proj, k.attn_out, &w->attn_out_norm, N, D, eps, one);
     }
-    e->add(e, k.mid, k.in, f->proj, count);
-
-    e->rmsnorm(e, f->xn, k.mid, &w->mlp_in_norm, N, D, eps, one);
+    e->add_rmsnorm(e, k.mid, f->xn, k.in, f->proj, &w->mlp_in_norm, N, D, eps, one);
     linear(f, k.gate_up, f->xn, &w->gate_up, N);
     e->gated(e, f->gated, k.gate_up, N, c->ff_size, c->gelu);
     linear(f, k.mlp_out, f->gated, &w->down, N);
@@ -1229,7 +1249,11 @@ static void forward_block(Forest *f, const Batch *b, int layer, const Tap *tap) 
     if (c->post_norms) {
         e->rmsnorm(e, f->proj, k.mlp_out, &w->mlp_out_norm, N, D, eps, one);
     }
-    e->add(e, out, k.mid, f->proj, count);
+    if (layer + 1 < f->blocks) {
+        e->add_rmsnorm(e, out, f->xn, k.mid, f->proj, &m->block[layer + 1].attn_in_norm, N, D, eps, one);
+    } else {
+        e->add(e, out, k.mid, f->proj, count);
+    }
     seen(tap, e, "", layer, out, 0, N, D);
 }
 
@@ -1251,14 +1275,46 @@ static void forward_logits(Forest *f, const Batch *b, const LogitSink *logits, c
     }
 }
 
-int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap, Err *err) {
+/* What two steps of decoding have in common when they differ only in tokens, positions and the lengths of the rows' own segments
+ * (stb): where everything stands, and the forest. */
+static int64_t *step_shape(const Forest *f, const Batch *b) {
+    const void *const places[] = {f->model, f->x, f->segment, f->position, f->cache_row, b->token, b->run};
+    int64_t *shape = NULL;
+    for (int i = 0; i < 7; i++) {
+        arrput(shape, (int64_t)(intptr_t)places[i]);
+    }
+    size_t from = arrlenu(shape);
+    for (int i = 0; i < (int)arrlen(f->segment); i++) {
+        const Segment *s = &f->segment[i];
+        arrput(shape, s->parent);
+        arrput(shape, s->row);
+        arrput(shape, s->len);
+    }
+    for (int r = 0; r < (int)arrlen(b->run); r++) {
+        shape[from + 3 * (size_t)b->run[r].seg + 2] = -1; /* its length grows */
+        arrput(shape, b->run[r].seg);
+        arrput(shape, b->run[r].row);
+    }
+    return shape;
+}
+
+/* Whether the engine has done the whole step. Only steps of decoding are repeated: a token a row, nothing looked at on the way. */
+static bool begin_step(const Forest *f, const Batch *b, const Tap *tap) {
+    Engine *e = f->model->engine;
+    bool step = e->begin_step && !tap && !f->kept && arrlen(b->inject) == 0 && arrlen(b->run) == arrlen(b->token);
+    if (!step) {
+        return false;
+    }
+    int64_t *shape = step_shape(f, b);
+    bool done = e->begin_step(e, shape, arrlenu(shape) * sizeof(int64_t));
+    arrfree(shape);
+    return done;
+}
+
+static void forward_blocks(Forest *f, const Batch *b, const Tap *tap) {
     const Model *m = f->model;
     Engine *e = m->engine;
     int N = (int)arrlen(b->token), D = m->config.hidden_size;
-    if (check_batch(f, b, logits, err) != 0) {
-        return -1;
-    }
-    place_rows(f, b);
     Act *x = kept(f, 0).in;
     e->embed(e, x, &m->embed, b->token, N, D, m->config.embed_scale);
     for (int i = 0; i < (int)arrlen(b->inject); i++) {
@@ -1266,7 +1322,21 @@ int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap 
     }
     seen(tap, e, "model.embed_tokens", -1, x, 0, N, D);
     for (int layer = 0; layer < f->blocks; layer++) {
-        forward_block(f, b, layer, tap);
+        forward_block(f, b, layer, layer > 0, tap);
+    }
+}
+
+int model_forward(Forest *f, const Batch *b, const LogitSink *logits, const Tap *tap, Err *err) {
+    Engine *e = f->model->engine;
+    if (check_batch(f, b, logits, err) != 0) {
+        return -1;
+    }
+    place_rows(f, b);
+    if (!begin_step(f, b, tap)) {
+        forward_blocks(f, b, tap);
+        if (e->end_step) {
+            e->end_step(e);
+        }
     }
     if (logits) {
         forward_logits(f, b, logits, tap);
@@ -1355,7 +1425,7 @@ void model_backward(Forest *f, const Batch *b, const Model *grad) {
     int N = (int)arrlen(b->token);
     for (int layer = f->blocks - 1; layer >= 0; layer--) {
         if (layer < f->blocks - 1 && f->kept[layer].qkv == f->kept[layer + 1].qkv) { /* shared: written over since */
-            forward_block(f, b, layer, NULL);
+            forward_block(f, b, layer, false, NULL);
         }
         backward_block(f, b, layer, grad);
     }

@@ -214,7 +214,13 @@ void unload(Loaded *l) {
     *l = (Loaded){0};
 }
 
-int open_engine(Engine **engine, const Settings *s, Err *err) {
+/* --weights; NULL: as they are stored. */
+static int weight_format(const char *name, WeightFormat *format, Err *err) {
+    *format = !name ? WEIGHTS_AS_STORED : strcmp(name, "int8") == 0 ? WEIGHTS_INT8 : WEIGHTS_FP8;
+    return *format == WEIGHTS_FP8 && strcmp(name, "fp8") != 0 ? fail(err, "--weights takes int8 or fp8, not '%s'", name) : 0;
+}
+
+static int open_device(Engine **engine, const Settings *s, Err *err) {
     bool cuda = s->device && strcmp(s->device, "cuda") == 0;
     if (s->device && !cuda && strcmp(s->device, "cpu") != 0) {
         return fail(err, "--device takes cpu or cuda, not '%s'", s->device);
@@ -231,6 +237,15 @@ int open_engine(Engine **engine, const Settings *s, Err *err) {
 #endif
     *engine = engine_open(s->threads, s->bf16, err);
     return *engine ? 0 : -1;
+}
+
+int open_engine(Engine **engine, const Settings *s, Err *err) {
+    WeightFormat format;
+    if (weight_format(s->weights, &format, err) != 0 || open_device(engine, s, err) != 0) {
+        return -1;
+    }
+    (*engine)->weights = format;
+    return 0;
 }
 
 int load_all(Loaded *l, const Settings *s, bool tokenizer, Err *err) {
@@ -409,15 +424,18 @@ static int inspect_model(const Settings *s, const char *dir, Err *err) {
         if (s->json) {
             printf("{\"family\": \"%s\", \"layers\": %d, \"hidden_size\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
                    "\"ff_size\": %d, \"vocab_size\": %d, \"parameters\": %zu, \"weight_bytes\": %zu, \"kv_bytes_per_token\": %zu, "
-                   "\"forest_bytes_2048\": %zu}\n",
+                   "\"forest_bytes_2048\": %zu, \"gpu_weight_bytes\": %zu}\n",
                    c->model_type, c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ff_size,
-                   c->vocab_size, model_parameters(&m), weights, token, forest);
+                   c->vocab_size, model_parameters(&m), weights, token, forest, model_bytes(&m, DT_BF16, engine->weights));
         } else {
             print_config(c);
             printf("%-22s %zu (%s)\n", "parameters", model_parameters(&m), dtype_name(m.embed.dtype));
             printf("memory plan, CPU (GB)\n  %-38s %8.3f\n  %-38s %8.6f\n  %-38s %8.3f\n", "weights, mapped from the files",
                    (double)weights / 1e9, "keys and values of one token", (double)token / 1e9,
                    "cache and activations of 2,048 tokens", (double)forest / 1e9);
+            static const char *const kept_as[] = {"weights, bf16", "weights, int8", "weights, fp8"};
+            printf("on a GPU (GB)\n  %-38s %8.3f\n", kept_as[engine->weights],
+                   (double)model_bytes(&m, DT_BF16, engine->weights) / 1e9);
             if (s->tensors) {
                 print_tensors(&m.files);
             }

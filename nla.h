@@ -304,6 +304,7 @@ typedef struct {
 typedef void Act;
 
 /* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
+typedef enum { WEIGHTS_AS_STORED, WEIGHTS_INT8, WEIGHTS_FP8 } WeightFormat; /* a byte a weight, a scale a row: quantise.h */
 typedef struct Linear Linear;
 typedef struct Lora Lora;
 struct Linear {
@@ -311,6 +312,7 @@ struct Linear {
     Tensor w[3];  /* [O_i, I] */
     Tensor b[3];  /* [O_i], data NULL when there is none */
     int in, out;  /* I, sum of O_i */
+    WeightFormat format; /* that `linear` rounds it to, at its first use */
     Lora *lora;   /* NULL: none */
 };
 
@@ -338,6 +340,7 @@ struct Engine {
     DType act_dtype;      /* of activations: DT_F32, or DT_BF16 on a GPU */
     bool bf16_dot;        /* products of bf16-rounded inputs, summed in fp32 (opt-in; CPU with AVX512-BF16) */
     int threads;
+    WeightFormat weights; /* what models that are loaded from now on round their blocks' matrices to: set by whoever opens the engine */
     void *scratch;        /* the engine's own */
 
     /* Memory of the engine. alloc zeroes nothing and returns NULL when there is not enough. */
@@ -353,6 +356,10 @@ struct Engine {
      * be called before host memory that held weights is freed, unmapped or written: the copies of what is in it are dropped. */
     void (*forget)(Engine *e, const void *host, size_t bytes);
     int (*check)(Engine *e, Err *err); /* ops report nothing: -1 when one has failed (a GPU's memory or launch) since the opening */
+    /* A step of decoding on its way to the ops (NULL: an engine that repeats nothing). Steps of equal `shape` are the same ops on the same
+     * memory and host arrays; only what stands in them differs. begin_step may do the whole step: true, and the ops are left out. */
+    bool (*begin_step)(Engine *e, const void *shape, size_t bytes);
+    void (*end_step)(Engine *e);
     void (*close)(Engine *e);
 
     /* For measuring. Seconds that the engine itself spent from start to stop, which waits for all that was asked of it. */
@@ -361,9 +368,9 @@ struct Engine {
     void (*copy)(Engine *e, void *out, const void *x, size_t bytes); /* from its memory to its memory */
     size_t (*available)(Engine *e);                                  /* bytes that alloc could give now, about; 0: nobody knows */
     MemoryUse *memory;
-    /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: they are fp32 in
-     * its memory; `precise`: norms and biases, always fp32), and for its ops on passes of up to `rows` rows. */
-    size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, bool owned, bool precise);
+    /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: their format in
+     * its memory, one behind the other, DT_OTHER: not there; `precise`: norms and biases, always fp32), and for its ops on passes of up to `rows` rows. */
+    size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, DType owned, bool precise);
     size_t (*work_bytes)(Engine *e, const Config *c, int rows, bool training);
 
     /* out[n,:] = table[token[n],:] * scale                                             out [N,D], table [V,D] */
@@ -394,6 +401,9 @@ struct Engine {
     void (*gated)(Engine *e, Act *out, const Act *gate_up, int N, int F, bool gelu);
 
     void (*add)(Engine *e, Act *out, const Act *x, const Act *y, size_t count); /* out = x + y; out may be either */
+
+    /* sum = x + y, out = rmsnorm of sum: what stands between two parts of a block. sum may be x or y, out neither. */
+    void (*add_rmsnorm)(Engine *e, Act *sum, Act *out, const Act *x, const Act *y, const Tensor *w, int N, int D, float eps, int plus_one);
 
     void (*gather)(Engine *e, Act *out, const Act *x, const int *row, int n, int D); /* out[i,:] = x[row[i],:] */
 
@@ -448,10 +458,10 @@ struct Engine {
     double (*sum_squares)(Engine *e, const Act *x, size_t count);
 
     /* One AdamW step over flat memory: g scaled by `g_scale` (clipping), m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2,
-     * w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w). Moments F32, or BF16 rounded stochastically by numbers
-     * keyed by (key, element). Source: torch.optim.AdamW. */
-    void (*adamw)(Engine *e, Act *w, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how, float lr,
-                  int64_t step, float g_scale, uint64_t key);
+     * w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w). Weights and moments F32, or BF16 rounded stochastically by
+     * numbers keyed by (key, element). Source: torch.optim.AdamW. */
+    void (*adamw)(Engine *e, void *w, DType weights, const Act *g, void *m, void *v, DType moments, size_t count, const AdamW *how,
+                  float lr, int64_t step, float g_scale, uint64_t key);
 };
 
 /* The CPU engine for this processor: the widest of the builds of cpu.c that it can run (AVX-512 BF16, AVX-512, AVX2, any).
@@ -513,10 +523,12 @@ void model_free(Model *model);
  * final norm and lm_head. */
 int model_make(Model *model, Config *config, const char *dir, bool head, uint64_t seed, Engine *engine, Err *err);
 size_t config_weights(const Config *c, bool head); /* bytes of them, without making any */
-/* Bytes of the working copies of a model's weights, and of `head` (may be NULL), that its engine makes; trains: all weights, or the
- * adapters when it has some. */
-size_t model_copies(const Model *model, const Linear *head, bool trains);
+/* Bytes of the working copies of a model's weights, and of `head` (may be NULL), that its engine makes. masters: format of what trains
+ * (all weights, or the adapters when it has some); DT_OTHER: nothing does. */
+size_t model_copies(const Model *model, const Linear *head, DType masters);
 size_t model_parameters(const Model *model);
+/* Bytes that its weights take as an engine of its own memory keeps them: in `act`, the blocks' matrices in `format` (norms in fp32). */
+size_t model_bytes(const Model *model, DType act, WeightFormat format);
 /* A model's tensors under the names that their files give them (stb; named_free): of the model itself (a tied head once, as the
  * embedding), and of its adapters under PEFT's names. */
 typedef struct {
@@ -911,7 +923,7 @@ void baseline_free(Baseline *b);
 
 /* ------------------------------------------------------------------------------------------------ training */
 
-/* What trains, as flat memory: fp32 master weights (the model's tensors point into them), gradients, AdamW's moments. */
+/* What trains, as flat memory: the weights (the model's tensors point into them), fp32 gradients, AdamW's moments. */
 typedef struct {
     Engine *engine;
     Named *tensor;      /* stb: in the model */
@@ -919,16 +931,16 @@ typedef struct {
     size_t count, bytes;
     Act *weight, *grad;
     Act *m, *v;
-    DType moments;      /* F32, or BF16 rounded stochastically */
+    DType weights, moments; /* F32, or BF16 rounded stochastically */
     Model gradient;     /* the model's shape; its tensors are the gradients */
     Linear head;        /* of the value head, when there is one */
     int64_t step;       /* updates made */
 } Params;
 
 /* Trains `model`'s adapters when `lora`, else all its weights; and `head` (may be NULL) as value_head.weight. */
-int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments, Err *err);
+int params_open(Params *p, Model *model, bool lora, Linear *head, DType weights, DType moments, Err *err);
+size_t params_bytes(const Model *model, bool lora, const Linear *head, DType weights, DType moments); /* the same, without making it */
 void params_close(Params *p);
-size_t params_bytes(const Model *model, bool lora, const Linear *head, DType moments); /* the same, without making it */
 
 typedef struct {
     AdamW adamw;
@@ -1025,7 +1037,7 @@ void keep_logprobs(void *context, const float *logp, float *dlogp, int first, in
 typedef enum { STAGE_AV, STAGE_AR, STAGE_RL } Stage;
 
 typedef struct { /* one field a key of a run file, of that name */
-    char *out, *av, *ar, *data, *eval, *moments, *lora_modules;
+    char *out, *av, *ar, *data, *eval, *masters, *moments, *lora_modules;
     int steps, batch, vectors, samples, micro, warmup, lora_rank, max_tokens, kl_estimator, updates, eval_every, eval_rows,
         save_every, keep, seed;
     double lr, lr_final, ar_lr, clip, weight_decay, lora_alpha, kl, clip_ratio, length_penalty;
@@ -1199,7 +1211,7 @@ struct Settings {
     const char **argument; /* stb: what is not an option */
     /* one field an option */
     const char *device, *model, *in, *out, *layers, *positions, *date, *system, *ids, *only, *shape, *av, *ar, *acts,
-        *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations, *completion;
+        *sidecar, *html, *train, *config, *dtype, *base, *documents, *parts, *by, *stage, *explanations, *completion, *weights;
     int positions_per_doc, min_context, words;
     int prompt_tokens, av_tokens, ar_tokens, text_tokens;
     int threads, samples, max_tokens, top_k, max_length, batch, repeat, reply, rows;

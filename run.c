@@ -39,6 +39,7 @@ const RunKey run_keys[] = {
     SETTING(COUNT, warmup, "N", ALL_STAGES, "steps to the highest rate (default steps / 20)"),
     SETTING(NUMBER, clip, "X", ALL_STAGES, "largest norm of the gradient (default 1)"),
     SETTING(NUMBER, weight_decay, "X", ALL_STAGES, "AdamW's (default 0)"),
+    SETTING(TEXT, masters, "f32|bf16", ALL_STAGES, "the weights that train: f32, or bf16 rounded stochastically (default f32)"),
     SETTING(TEXT, moments, "f32|bf16", ALL_STAGES, "f32, or bf16 rounded stochastically (default f32)"),
     SETTING(FLAG, recompute, "true|false", ALL_STAGES, "run blocks twice instead of keeping what they computed"),
     SETTING(COUNT, lora_rank, "N", ALL_STAGES, "train adapters of this rank (default 0: all weights)"),
@@ -169,8 +170,11 @@ static int check_settings(const RunSettings *r, Stage stage, Err *err) {
             return fail(err, "train %s needs %s=PATH, in --config or behind it", stage_names[stage], paths[i].name);
         }
     }
-    if (r->moments && strcmp(r->moments, "f32") != 0 && strcmp(r->moments, "bf16") != 0) {
-        return fail(err, "moments is f32 or bf16, not '%s'", r->moments);
+    const char *const formats[][2] = {{"masters", r->masters}, {"moments", r->moments}};
+    for (int i = 0; i < 2; i++) {
+        if (formats[i][1] && strcmp(formats[i][1], "f32") != 0 && strcmp(formats[i][1], "bf16") != 0) {
+            return fail(err, "%s is f32 or bf16, not '%s'", formats[i][0], formats[i][1]);
+        }
     }
     if (r->kl_estimator < 1 || r->kl_estimator > 3) {
         return fail(err, "kl_estimator is 1, 2 or 3, not %d", r->kl_estimator);
@@ -297,7 +301,7 @@ static int add_adapters(const RunSettings *s, Model *m, uint64_t seed, Err *err)
 
 static bool trains_av(const TrainRun *r) { return r->stage != STAGE_AR; }
 static bool trains_ar(const TrainRun *r) { return r->stage == STAGE_AR || (r->stage == STAGE_RL && !r->s.freeze_ar); }
-static DType moments_of(const TrainRun *r) { return r->s.moments && strcmp(r->s.moments, "bf16") == 0 ? DT_BF16 : DT_F32; }
+static DType format_of(const char *name) { return name && strcmp(name, "bf16") == 0 ? DT_BF16 : DT_F32; }
 
 /* Opens what the stage needs: from the checkpoint when there is one to go on from, else from the settings. */
 static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
@@ -333,12 +337,13 @@ static int open_models(TrainRun *r, const char *checkpoint, Err *err) {
 }
 
 int train_params(TrainRun *r, Err *err) {
+    DType masters = format_of(r->s.masters), moments = format_of(r->s.moments);
     int status = 0;
     if (trains_av(r)) {
-        status = params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, moments_of(r), err);
+        status = params_open(&r->av_params, &r->av.model, r->av.model.lora.rank > 0, NULL, masters, moments, err);
     }
     if (status == 0 && trains_ar(r)) {
-        status = params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, moments_of(r), err);
+        status = params_open(&r->ar_params, &r->ar.model, r->ar.model.lora.rank > 0, &r->ar.head, masters, moments, err);
     }
     return status;
 }
@@ -1202,13 +1207,14 @@ static int plan_av(const TrainRun *r, Plan *p, int texts, int tokens) {
     const Model *m = &r->av.model;
     bool rl = r->stage == STAGE_RL;
     int micro = micro_of(s, r->stage);
-    size_t params = params_bytes(m, m->lora.rank > 0, NULL, moments_of(r)), drawing = 0;
+    DType masters = format_of(s->masters);
+    size_t params = params_bytes(m, m->lora.rank > 0, NULL, masters, format_of(s->moments)), drawing = 0;
     plan_part(p, "AV: trained weights, gradients, moments", (double)params, false);
     plan_part(p, "AV: a microbatch there and back", (double)av_pass_bytes(&r->av, micro, texts, tokens, r->av_pass.passes), false);
-    plan_part(p, "AV: working copies of its weights", (double)model_copies(m, NULL, true), false);
+    plan_part(p, "AV: working copies of its weights", (double)model_copies(m, NULL, masters), false);
     if (rl) {
         plan_part(p, "reference AV: a microbatch", (double)av_pass_bytes(&r->ref, micro, texts, tokens, FORWARD), false);
-        plan_part(p, "reference AV: working copies", (double)model_copies(&r->ref.model, NULL, false), false);
+        plan_part(p, "reference AV: working copies", (double)model_copies(&r->ref.model, NULL, DT_OTHER), false);
         drawing = verbalizer_bytes(&r->av, s->vectors, s->samples, s->max_tokens);
     }
     if (r->held.path && r->has_ar) {
@@ -1223,12 +1229,13 @@ static int plan_av(const TrainRun *r, Plan *p, int texts, int tokens) {
 /* `tokens`: of all texts of a pass, with what the template puts around them. Returns them. */
 static int plan_ar(const TrainRun *r, Plan *p, int texts, int tokens) {
     const Model *m = &r->ar.model;
+    DType masters = format_of(r->s.masters);
     if (trains_ar(r)) {
-        plan_part(p, "AR: trained weights, gradients, moments", (double)params_bytes(m, m->lora.rank > 0, &r->ar.head, moments_of(r)), false);
+        plan_part(p, "AR: trained weights, gradients, moments", (double)params_bytes(m, m->lora.rank > 0, &r->ar.head, masters, format_of(r->s.moments)), false);
     }
     plan_part(p, trains_ar(r) ? "AR: a microbatch there and back" : "AR: a microbatch", (double)ar_pass_bytes(&r->ar, texts, tokens, r->ar_pass.passes),
               false);
-    plan_part(p, "AR: working copies of its weights", (double)model_copies(m, &r->ar.head, trains_ar(r)), false);
+    plan_part(p, "AR: working copies of its weights", (double)model_copies(m, &r->ar.head, trains_ar(r) ? masters : DT_OTHER), false);
     return tokens;
 }
 
@@ -1267,6 +1274,9 @@ void plan_print(const Plan *p) {
 static int start_run(TrainRun *r, const Settings *s, Err *err) {
     char *checkpoint = NULL;
     struct stat st;
+    if (s->weights) {
+        return fail(err, "--weights rounds weights for inference; training needs them as they are stored: leave it out");
+    }
     if (s->resume) { /* before anything is opened */
         checkpoint = checkpoint_latest(r, err);
         if (!checkpoint) {

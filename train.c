@@ -61,13 +61,6 @@ static size_t count_elements(const Named *list) {
     return count;
 }
 
-size_t params_bytes(const Model *model, bool lora, const Linear *head, DType moments) {
-    Named *list = trained_tensors((Model *)model, lora, (Linear *)head);
-    size_t count = count_elements(list);
-    named_free(list);
-    return count * (2 * sizeof(float) + 2 * dtype_size(moments));
-}
-
 /* The gradient's tensors: those that train point into p->grad, the others at nothing. */
 static void point_gradients(Params *p, Model *model, bool lora, const Linear *head) {
     copy_shape(&p->gradient, model);
@@ -76,6 +69,7 @@ static void point_gradients(Params *p, Model *model, bool lora, const Linear *he
     forget_tensors(lora ? model_tensors(&p->gradient) : lora_tensors(&p->gradient));
     for (int i = 0; i < (int)arrlen(own); i++) {
         own[i].tensor->data = (float *)p->grad + p->offset[i];
+        own[i].tensor->dtype = DT_F32;
     }
     if (model->config.tied && model->lm_head.n) {
         p->gradient.lm_head.w[0] = p->gradient.embed;
@@ -83,19 +77,44 @@ static void point_gradients(Params *p, Model *model, bool lora, const Linear *he
     named_free(own);
 }
 
-int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments, Err *err) {
+/* A tensor's numbers, at `at` of the trained weights. */
+static void take_weights(Params *p, size_t at, const Tensor *t) {
+    size_t n = tensor_elements(t), size = dtype_size(p->weights);
+    float *host = xmalloc(n * sizeof(float));
+    (void)tensor_to_floats(host, t); /* a model's tensors have been checked to be of those types */
+    if (p->weights == DT_BF16) {
+        uint16_t *half = xmalloc(n * sizeof(uint16_t));
+        for (size_t i = 0; i < n; i++) {
+            half[i] = f32_to_bf16(host[i]);
+        }
+        p->engine->put(p->engine, (char *)p->weight + at * size, half, n * size);
+        free(half);
+    } else {
+        p->engine->write(p->engine, p->weight, at, host, n);
+    }
+    free(host);
+}
+
+size_t params_bytes(const Model *model, bool lora, const Linear *head, DType weights, DType moments) {
+    Named *list = trained_tensors((Model *)model, lora, (Linear *)head);
+    size_t count = count_elements(list);
+    named_free(list);
+    return count * (dtype_size(weights) + sizeof(float) + 2 * dtype_size(moments));
+}
+
+int params_open(Params *p, Model *model, bool lora, Linear *head, DType weights, DType moments, Err *err) {
     Engine *e = model->engine;
-    *p = (Params){.engine = e, .moments = moments};
+    *p = (Params){.engine = e, .weights = weights, .moments = moments};
     p->tensor = trained_tensors(model, lora, head);
     p->count = count_elements(p->tensor);
-    p->bytes = p->count * (2 * sizeof(float) + 2 * dtype_size(moments));
-    p->weight = e->alloc(e, DT_F32, p->count);
+    p->bytes = p->count * (dtype_size(weights) + sizeof(float) + 2 * dtype_size(moments));
+    p->weight = e->alloc(e, weights, p->count);
     p->grad = e->alloc(e, DT_F32, p->count);
     p->m = e->alloc(e, moments, p->count);
     p->v = e->alloc(e, moments, p->count);
     if (!p->weight || !p->grad || !p->m || !p->v) {
         fail(err, "not enough memory: %.2f GB for %zu trained numbers, their gradients and moments; train adapters (--lora-rank) "
-             "or keep the moments in bf16", (double)p->bytes / 1e9, p->count);
+             "or keep weights and moments in bf16 (masters=bf16 moments=bf16)", (double)p->bytes / 1e9, p->count);
         arrsetlen(p->tensor, 0);
         params_close(p);
         return -1;
@@ -104,16 +123,13 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
     for (int i = 0; i < (int)arrlen(p->tensor); i++) {
         Tensor *t = p->tensor[i].tensor;
         size_t n = tensor_elements(t);
-        float *host = xmalloc(n * sizeof(float));
-        (void)tensor_to_floats(host, t); /* a model's tensors have been checked to be of those types */
-        e->write(e, p->weight, at, host, n);
+        take_weights(p, at, t);
         e->forget(e, t->data, t->bytes);
-        free(host);
         if (lora && (!head || t != &head->w[0])) {
             free((void *)t->data); /* the adapters' own memory, where they were until now */
         }
-        t->dtype = DT_F32;
-        t->bytes = n * sizeof(float);
+        t->dtype = weights;
+        t->bytes = n * dtype_size(weights);
         arrput(p->offset, at);
         at += n;
     }
@@ -122,7 +138,7 @@ int params_open(Params *p, Model *model, bool lora, Linear *head, DType moments,
     e->zero(e, p->v, p->count * dtype_size(moments));
     point_gradients(p, model, lora, head);
     for (int i = 0; i < (int)arrlen(p->tensor); i++) {
-        p->tensor[i].tensor->data = (float *)p->weight + p->offset[i];
+        p->tensor[i].tensor->data = (char *)p->weight + p->offset[i] * dtype_size(weights);
     }
     if (model->config.tied && model->lm_head.n) {
         model->lm_head.w[0] = model->embed;
@@ -162,7 +178,7 @@ bool params_step(Params *p, const Schedule *s, double *norm) {
     if (finite) {
         double scale = s->clip > 0 && s->clip / (*norm + 1e-6) < 1 ? s->clip / (*norm + 1e-6) : 1;
         p->step++;
-        e->adamw(e, p->weight, p->grad, p->m, p->v, p->moments, p->count, &s->adamw, (float)learning_rate(s, p->step), p->step,
+        e->adamw(e, p->weight, p->weights, p->grad, p->m, p->v, p->moments, p->count, &s->adamw, (float)learning_rate(s, p->step), p->step,
                  (float)scale, random_key(s->seed, (uint64_t)p->step, 0, 7));
     }
     e->zero(e, p->grad, p->count * sizeof(float));

@@ -72,6 +72,15 @@ static void keep_floats(OpTape *t, const char *name, const float *x, size_t n, d
     memcpy(arraddnptr(t->out, n), x, n * sizeof(float));
 }
 
+static void keep_halves(OpTape *t, const char *name, const uint16_t *x, size_t n, double bound) {
+    float *wide = xmalloc((n + 1) * sizeof(float));
+    for (size_t i = 0; i < n; i++) {
+        wide[i] = bf16_to_f32(x[i]);
+    }
+    keep_floats(t, name, wide, n, bound);
+    free(wide);
+}
+
 static void keep(OpTape *t, const char *name, const Act *x, size_t n, double bound) {
     float *host = xmalloc((n + 1) * sizeof(float));
     t->e->read(t->e, host, x, 0, n);
@@ -120,6 +129,9 @@ static void op_rmsnorm(OpTape *t, const int *s) { /* rows, width, plus one, dtyp
     keep(t, "dx in dy's place", dy, n, bound(t, 1));
     t->e->rmsnorm(t->e, x, x, &w, N, D, 1e-5f, s[2]);
     keep(t, "out in x's place", x, n, bound(t, 1));
+    t->e->add_rmsnorm(t->e, dx, out, dx, dx2, &w, N, D, 1e-5f, s[2]);
+    keep(t, "sum", dx, n, bound(t, 3)); /* what it adds has been rounded twice */
+    keep(t, "norm of the sum", out, n, bound(t, 6));
 }
 
 static void op_gated(OpTape *t, const int *s) { /* rows, width, gelu */
@@ -195,6 +207,19 @@ static void op_linear(OpTape *t, const int *s) { /* rows, in, two outs, dtype, b
     }
 }
 
+/* Weights of a byte: few rows (a kernel of its own) and many (written out for the library). */
+static void op_rounded(OpTape *t, const int *s) { /* rows, in, two outs, format, bias */
+    int N = s[0], I = s[1], O[] = {s[2], s[3]};
+    Linear w = stack(t, O, 2, I, DT_BF16, s[5]);
+    size_t out = (size_t)N * (size_t)w.out;
+    Act *x = given(t, (size_t)N * (size_t)I), *y = act(t, out), *wide = room(t, DT_F32, out);
+    w.format = (WeightFormat)s[4];
+    t->e->linear(t->e, y, x, &w, N);
+    keep(t, "y", y, out, bound(t, 2)); /* many rows: code * scale is rounded to bf16 */
+    t->e->linear(t->e, wide, x, &w, N);
+    keep(t, "y in fp32", wide, out, N <= 64 ? 1e-5 : bound(t, 1));
+}
+
 static void op_lora(OpTape *t, const int *s) { /* rows, in, outs of three, rank */
     int N = s[0], I = s[1], O[] = {s[2], s[3], s[4]}, R = s[5], low = 2 * R;
     Linear w = stack(t, O, 3, I, DT_BF16, false);
@@ -267,22 +292,32 @@ static void op_attention(OpTape *t, const int *s) { /* heads, kv heads, head wid
     }
 }
 
-/* Decoding: each child appends one token to what the cache holds. */
-static void op_decode(OpTape *t, const int *s) { /* heads, kv heads, head width, window */
-    int H = s[0], G = s[1], E = s[2], position[ROWS], cache_row[ROWS];
-    size_t half = (size_t)E / 2, kv = (size_t)(CACHE * G * E);
-    Act *c = given_as(t, DT_F32, 400 * half), *si = given_as(t, DT_F32, 400 * half), *qkv = given(t, (size_t)(ROWS * (H + 2 * G) * E)),
-        *q = act(t, (size_t)(ROWS * H * E)), *k = act(t, kv), *v = act(t, kv), *out = act(t, (size_t)(3 * H * E));
-    for (int r = 0; r < 4; r++) {
-        for (int i = 0; i < runs[r].n; i++) {
-            position[runs[r].row + i] = forest[runs[r].seg].position + i;
-            cache_row[runs[r].row + i] = forest[runs[r].seg].row + i;
+/* Decoding: a step of rows that share ancestors, one of them long (its keys are walked in chunks), one all but hidden by the window. */
+static const Segment tree[] = {{-1, 0, 0, 300, 304}, {0, 300, 304, 70, 80}, {0, 300, 384, 5, 16}, /* what they share */
+                               {1, 370, 400, 3, 16}, {2, 305, 416, 12, 16}, {1, 370, 432, 1, 16}, {2, 305, 448, 16, 16}, {1, 370, 464, 9, 16},
+                               {0, 300, 480, 7, 16}, {-1, 0, 496, 2, 16}, {1, 370, 512, 80, 80}, {1, 370, 592, 4, 16}};
+enum { TREE = 12, SHARED = 3, TREE_ROWS = 608 };
+
+static void op_decode(OpTape *t, const int *s) { /* heads, kv heads, head width, window, rows */
+    int H = s[0], G = s[1], E = s[2], n = s[4], position[TREE_ROWS], cache_row[TREE_ROWS], rows = 0;
+    size_t half = (size_t)E / 2, kv = (size_t)(TREE_ROWS * G * E), out_n = (size_t)(n * H * E);
+    Run step[TREE - SHARED];
+    for (int r = 0; r < TREE; r++) {
+        for (int i = 0; i < tree[r].len; i++, rows++) {
+            position[rows] = tree[r].position + i;
+            cache_row[rows] = tree[r].row + i;
         }
     }
-    t->e->rope_qkv(t->e, q, k, v, qkv, NULL, NULL, 0, 0, c, si, position, cache_row, ROWS, H, G, E);
-    Run step[] = {{1, 0, 1, 4}, {3, 1, 1, 2}, {2, 2, 1, 89}}; /* each segment's last token */
-    t->e->attention(t->e, out, NULL, q, k, v, forest, step, 3, H, G, E, 0.2f, s[3]);
-    keep(t, "out", out, (size_t)(3 * H * E), bound(t, 4));
+    size_t angles = TREE_ROWS * half;
+    Act *c = given_as(t, DT_F32, angles), *si = given_as(t, DT_F32, angles), *qkv = given(t, (size_t)(rows * (H + 2 * G) * E)),
+        *q = act(t, (size_t)(rows * H * E)), *k = act(t, kv), *v = act(t, kv), *out = act(t, out_n), *lse = room(t, DT_F32, (size_t)(n * H));
+    t->e->rope_qkv(t->e, q, k, v, qkv, NULL, NULL, 0, 0, c, si, position, cache_row, rows, H, G, E);
+    for (int r = 0; r < n; r++) { /* each segment's last token */
+        step[r] = (Run){SHARED + r, r, 1, tree[SHARED + r].len - 1};
+    }
+    t->e->attention(t->e, out, lse, q, k, v, tree, step, n, H, G, E, 0.2f, s[3]);
+    keep(t, "out", out, out_n, bound(t, 4));
+    keep(t, "lse", lse, (size_t)(n * H), bound(t, 2));
 }
 
 /* ------------------------------------------------------------------------------------------------ losses, sampling, optimizer */
@@ -340,26 +375,33 @@ static void op_adamw(OpTape *t, const int *s) { /* numbers, step */
         square[i] *= square[i];
     }
     t->e->write(t->e, v, 0, square, n);
-    t->e->adamw(t->e, w, g, m, v, DT_F32, n, &how, 1e-3f, s[1], 0.5f, 77);
+    t->e->adamw(t->e, w, DT_F32, g, m, v, DT_F32, n, &how, 1e-3f, s[1], 0.5f, 77);
     keep(t, "w", w, n, 1e-5);
     keep(t, "m", m, n, 1e-5);
     keep(t, "v", v, n, 1e-5);
     Act *m2 = room(t, DT_BF16, n), *v2 = room(t, DT_BF16, n);
     t->e->zero(t->e, m2, n * sizeof(uint16_t));
     t->e->zero(t->e, v2, n * sizeof(uint16_t));
-    t->e->adamw(t->e, w, g, m2, v2, DT_BF16, n, &how, 1e-3f, s[1], 0.5f, 77);
+    t->e->adamw(t->e, w, DT_F32, g, m2, v2, DT_BF16, n, &how, 1e-3f, s[1], 0.5f, 77);
     keep(t, "w again", w, n, 1e-5);
-    const uint16_t *seen = t->e->view(t->e, m2, n * sizeof(uint16_t)), *seen_v = t->e->view(t->e, v2, n * sizeof(uint16_t));
-    float *narrow = xmalloc(2 * n * sizeof(float));
+    Act *w2 = room(t, DT_BF16, n), *m3 = room(t, DT_F32, n), *v3 = room(t, DT_F32, n);
+    uint16_t *half = xcalloc(n + 1, sizeof(uint16_t));
     for (size_t i = 0; i < n; i++) {
-        narrow[i] = bf16_to_f32(seen[i]);
-        narrow[n + i] = bf16_to_f32(seen_v[i]);
+        half[i] = f32_to_bf16(square[i]);
     }
-    keep_floats(t, "m, rounded stochastically", narrow, n, 0); /* from the same fp32 numbers by the same draws: the same bits */
-    keep_floats(t, "v, rounded stochastically", narrow + n, n, 1.0 / 256);
+    t->e->put(t->e, w2, half, n * sizeof(uint16_t));
+    t->e->zero(t->e, m3, n * sizeof(float));
+    t->e->zero(t->e, v3, n * sizeof(float));
+    t->e->adamw(t->e, w2, DT_BF16, g, m3, v3, DT_F32, n, &how, 1e-3f, s[1], 0.5f, 77);
+    const uint16_t *seen_w = t->e->view(t->e, w2, n * sizeof(uint16_t));
+    keep_halves(t, "w, rounded stochastically", seen_w, n, 1.0 / 256); /* an fp32 rounding may turn a draw: one step of bf16 */
+    t->e->unview(t->e, w2, seen_w);
+    free(half);
+    const uint16_t *seen = t->e->view(t->e, m2, n * sizeof(uint16_t)), *seen_v = t->e->view(t->e, v2, n * sizeof(uint16_t));
+    keep_halves(t, "m, rounded stochastically", seen, n, 0); /* from the same fp32 numbers by the same draws: the same bits */
+    keep_halves(t, "v, rounded stochastically", seen_v, n, 1.0 / 256);
     t->e->unview(t->e, m2, seen);
     t->e->unview(t->e, v2, seen_v);
-    free(narrow);
 }
 
 /* ------------------------------------------------------------------------------------------------ the cases */
@@ -371,10 +413,12 @@ const OpCase op_cases[] = {
     {"rows", op_rows, {{1, 1, 1}, {9, 33, 4}, {20, 64, 7}, {3, 1027, 2}}},
     {"linear", op_linear, {{1, 1, 1, 1, DT_F32, 1}, {7, 40, 5, 2, DT_BF16, 1}, {70, 67, 9, 30, DT_F16, 0}, {3, 300, 4, 3, DT_F32, 1},
                            {300, 8, 24, 8, DT_BF16, 1}}},
+    {"rounded", op_rounded, {{1, 16, 1, 1, WEIGHTS_INT8, 1}, {5, 300, 40, 50, WEIGHTS_FP8, 1}, {17, 272, 9, 70, WEIGHTS_INT8, 0},
+                             {64, 528, 70, 3, WEIGHTS_FP8, 0}, {67, 40, 5, 90, WEIGHTS_INT8, 1}, {70, 33, 4, 4, WEIGHTS_FP8, 1}}},
     {"lora", op_lora, {{1, 3, 1, 2, 1, 1}, {9, 20, 7, 5, 33, 4}, {65, 16, 8, 8, 8, 3}}},
     {"attention", op_attention, {{4, 2, 10, 0, 1, 0}, {3, 1, 64, 0, 0, 0}, {4, 4, 16, 7, 1, 0}, {2, 2, 36, 66, 0, 0}, {1, 1, 2, 0, 0, 1}}},
     {"wide attention", op_attention, {{2, 1, 128, 0, 0, 0}, {1, 1, 256, 40, 1, 1}}},
-    {"decoding", op_decode, {{4, 2, 64, 0}, {7, 1, 20, 9}, {24, 1, 16, 0}}},
+    {"decoding", op_decode, {{4, 2, 64, 0, 9}, {7, 1, 20, 9, 8}, {24, 1, 16, 0, 5}, {14, 2, 36, 90, 9}, {2, 2, 16, 310, 7}, {1, 1, 8, 0, 1}}},
     {"losses", op_losses, {{1, 1}, {3, 37}, {64, 100}, {2, 4099}, {5, 40000}}},
     {"sample", op_sample, {{7, 0, 1000, 100, 0}, {1003, 0, 1000, 70, 0}, {1003, 20, 1000, 130, 0}, {501, 0, 600, 100, 0},
                            {777, 50, 900, 100, 0}, {300, 7, 1000, 100, 1}, {300, 0, 500, 100, 1}, {90, 40, 300, 200, 1}, {333, 0, 1, 100, 0}}},
@@ -556,6 +600,7 @@ int run_verify(const Settings *s, Err *err) {
     cuda.device = "cuda";
     int status = cpu ? open_engine(&gpu, &cuda, err) : -1;
     if (status == 0) {
+        cpu->weights = gpu->weights; /* the whole model with --weights */
         note(s, "%s against %s: the largest difference, relative to the largest number expected\n", gpu->name, cpu->name);
     }
     for (const OpCase *c = op_cases; c->name && status == 0; c++) {

@@ -69,6 +69,8 @@ says 2 "there is no command 'genrate' (did you mean generate?)" "$NLA" genrate
 says 2 "there is no command 'fly'" "$NLA" fly
 says 2 "unknown option --modle (did you mean --model?)" "$NLA" generate --modle x y
 says 2 "unknown option -m" "$NLA" generate -m x
+says 1 "--weights takes int8 or fp8, not 'int4'" "$NLA" generate --model x --weights int4 hello
+says 1 "training needs them as they are stored" "$NLA" train av "out=$work/x" av=y data=z --weights int8
 says 2 "--model needs a value" "$NLA" generate hello --model
 says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens many x
 says 2 "--max-tokens takes a whole number" "$NLA" generate --max-tokens 1.5 x
@@ -348,7 +350,7 @@ fi
 # bench: every op is listed with its floor; whole steps run in memory that was planned
 tiny_shape=tests/golden/pair_gemma3/av
 "$NLA" bench --ops --device cpu --json --shape ./$tiny_shape --rows 160 --batch 5 --repeat 1 >"$work/ops" 2>"$work/err" || bad "bench --ops: $(cat "$work/err")"
-for op in embed rmsnorm "linear q, k, v" rope_qkv attention gated add gather "linear lm_head" sample token_logprob token_logprob_backward \
+for op in embed rmsnorm "linear q, k, v" rope_qkv attention gated add add_rmsnorm gather "linear lm_head" sample token_logprob token_logprob_backward \
     "linear_backward down" "weight_backward down" gated_backward rmsnorm_backward attention_backward rope_qkv_backward embed_backward scatter zero \
     "lora_up o" "lora_up_backward o" sum_squares "adamw, moments f32" "adamw, moments bf16"; do
     if grep -F "\"op\": \"$op\"" "$work/ops" | grep -q '"median_s": [0-9.e-]*, .*"share": [0-9.e-]*, "floor_s": [0-9.e-]*}'; then ok; else bad "bench --ops lacks $op"; fi

@@ -30,6 +30,11 @@ __attribute__((noreturn, format(printf, 1, 2))) static void found(const char *fo
     abort();
 }
 
+static std::map<std::string, size_t> &launches(void) {
+    static std::map<std::string, size_t> all;
+    return all;
+}
+
 /* ------------------------------------------------------------------------------------------------ guarded memory */
 
 enum : size_t { PAGE = 4096, RED = 64 }; /* RED: bytes beside an array that nobody may write */
@@ -74,6 +79,62 @@ static void region_check(const Region &r) {
     check_bytes(r.data - RED, RED, "before", r);
     check_bytes(r.data + r.bytes, r.room - r.bytes, "behind", r);
 }
+
+/* ------------------------------------------------------------------------------------------------ graphs */
+
+struct ShimGraph {
+    std::vector<std::function<void()>> work;
+};
+
+static ShimGraph *recorded; /* NULL: work is done at once */
+
+void shim_do(const std::function<void()> &work) {
+    if (recorded) {
+        recorded->work.push_back(work);
+    } else {
+        work();
+    }
+}
+
+static void not_while_recording(const char *call) {
+    if (recorded) {
+        running = call;
+        found("called while a graph is recorded");
+    }
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    (void)stream, (void)mode;
+    not_while_recording("cudaStreamBeginCapture");
+    recorded = new ShimGraph();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    (void)stream;
+    *graph = recorded;
+    recorded = NULL;
+    return *graph ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+    (void)flags;
+    *made = new ShimGraph(*graph);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    (void)stream;
+    not_while_recording("cudaGraphLaunch");
+    launches()["graph"]++;
+    for (const std::function<void()> &work : graph->work) {
+        work();
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return delete graph, cudaSuccess; }
 
 /* ------------------------------------------------------------------------------------------------ device memory */
 
@@ -160,6 +221,9 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
 }
 
 cudaError_t cudaFree(void *p) {
+    if (p) {
+        not_while_recording("cudaFree");
+    }
     auto it = buffers().find((char *)p);
     if (p && it == buffers().end()) {
         running = "cudaFree";
@@ -184,6 +248,12 @@ cudaError_t shim_record(cudaEvent_t *event) {
     return cudaSuccess;
 }
 
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    (void)stream;
+    not_while_recording("cudaStreamSynchronize");
+    return cudaSuccess;
+}
+
 static void check_buffers(void) {
     for (auto &b : buffers()) {
         region_check(b.second);
@@ -201,6 +271,7 @@ static void check_inside(const char *what, const void *p, size_t bytes) {
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     (void)stream;
+    not_while_recording("cudaMemcpyAsync"); /* a replay would read the host's memory again, whatever it holds by then */
     check_inside("cudaMemcpyAsync", kind == cudaMemcpyHostToDevice ? to : from, bytes);
     if (kind == cudaMemcpyDeviceToDevice) {
         check_inside("cudaMemcpyAsync", to, bytes);
@@ -213,10 +284,12 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
     (void)stream;
-    check_inside("cudaMemsetAsync", p, bytes);
-    open_buffers();
-    memset(p, value, bytes);
-    close_buffers();
+    shim_do([p, value, bytes] {
+        check_inside("cudaMemsetAsync", p, bytes);
+        open_buffers();
+        memset(p, value, bytes);
+        close_buffers();
+    });
     return cudaSuccess;
 }
 
@@ -474,11 +547,6 @@ static void run_block(int threads) {
         to_fiber();
     }
     check_shared();
-}
-
-static std::map<std::string, size_t> &launches(void) {
-    static std::map<std::string, size_t> all;
-    return all;
 }
 
 size_t shim_launches(const char *kernel) {

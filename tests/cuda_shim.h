@@ -32,6 +32,7 @@ size_t shim_buffers(void);                    /* device allocations that have no
 #include <math.h>
 #include <string.h>
 
+#include <functional>
 #include <tuple>
 #include <type_traits>
 
@@ -191,15 +192,29 @@ void shim_run(const char *name, dim3 grid, dim3 block, size_t shared, void (*thr
 void shim_begin(const char *name); /* what stands for a library's kernel may touch device memory until shim_end */
 void shim_end(void);
 
+/* Work for the stream: done at once, or, while a graph is recorded, kept with its arguments as they are now and done whenever the graph is
+ * launched: an argument that has gone stale by then is used as it was. */
+void shim_do(const std::function<void()> &work);
+
+template <typename Loops> static inline void shim_library(const char *name, Loops loops) {
+    shim_do([name, loops] {
+        shim_begin(name);
+        loops();
+        shim_end();
+    });
+}
+
 template <typename Kernel, typename... Given>
 static inline void shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, Kernel kernel, Given... given) {
     auto all = std::make_tuple(kernel, given...);
-    shim_run(
-        name, grid, block, shared,
-        [](void *context) {
-            std::apply([](auto k, auto... arguments) { k(arguments...); }, *(decltype(all) *)context);
-        },
-        &all);
+    shim_do([name, grid, block, shared, all]() mutable {
+        shim_run(
+            name, grid, block, shared,
+            [](void *context) {
+                std::apply([](auto k, auto... arguments) { k(arguments...); }, *(decltype(all) *)context);
+            },
+            &all);
+    });
 }
 #define LAUNCH_NAME(kernel) const char *shim_kernel_name = #kernel
 #define LAUNCH_KERNEL(kernel, grid, block, shared, stream, ...)                                                                  \
@@ -225,7 +240,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *about, int device);
 const char *cudaGetErrorString(cudaError_t error);
 static inline cudaError_t cudaGetLastError(void) { return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) { return *stream = NULL, cudaSuccess; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int *n); /* one when the environment has NLA_SHIM, so that nothing runs on it unasked; NLA_SHIM=protect: shim_protect too */
@@ -239,6 +254,16 @@ static inline cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t 
     return *milliseconds = (float)((to - from) * 1e3), cudaSuccess;
 }
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+typedef struct ShimGraph *cudaGraph_t;
+typedef struct ShimGraph *cudaGraphExec_t;
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 
 #endif /* __cplusplus */
 #endif

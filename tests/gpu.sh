@@ -92,6 +92,14 @@ first_last() { awk -v key="\"$2\": " '{ i = index($0, key); v = substr($0, i + l
     END { print a, "->", b; exit !(b < a) }' "$work/$1/metrics.jsonl"; }
 step av-loss-falls first_last av loss
 step ar-loss-falls first_last ar loss
+same_text() { # decoding with recorded steps and op by op
+    local graphs
+    for graphs in 1 0; do
+        NLA_GRAPHS=$graphs nla generate --model $pair/av --ids 1,2,3 --samples 8 --temperature 1 --max-tokens 60 --json >"$work/said-$graphs" || return 1
+    done
+    cmp "$work/said-1" "$work/said-0"
+}
+step recorded-steps-say-the-same same_text
 step the-same-rl-step awk -f tests/same_step.awk "$work/cpu/metrics.jsonl" "$work/cuda/metrics.jsonl"
 
 # 6. Speed: whole steps with random weights (adapters, so that an 80 GB GPU has room for the 7B shape), then every op at that shape.

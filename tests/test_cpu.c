@@ -1,5 +1,5 @@
 /* Every op of the CPU engine, in each of its builds that this processor runs, against plain loops in double. */
-#include "../nla.h"
+#include "../quantise.h"
 
 #include <criterion/criterion.h>
 #include <float.h>
@@ -43,6 +43,66 @@ static float *random_floats(size_t n) {
 /* |a - b| relative to the size of the terms that were added up. */
 static void near(double a, double b, double scale, double bound, const char *what) {
     cr_assert(fabs(a - b) <= bound * (scale + 1e-30), "%s: %.9g, expected %.9g", what, a, b);
+}
+
+/* Every code stands for a number that has this code; a number's code is that of the nearest; equal distances go to the even one. */
+Test(cpu, weights_of_one_byte_take_the_nearest_code) {
+    for (int f = WEIGHTS_INT8; f <= WEIGHTS_FP8; f++) {
+        WeightFormat format = (WeightFormat)f;
+        for (int c = 0; c < 256; c++) {
+            bool number = format == WEIGHTS_INT8 ? c != 128 : (c & 0x7f) != 0x7f && c != 0x80; /* not -128, not NaN, not -0 */
+            cr_assert(!number || code_of(number_of((uint8_t)c, format), format) == c, "code %d", c);
+        }
+        cr_assert(number_of(1, WEIGHTS_FP8) == 0x1p-9f && number_of(0x7e, WEIGHTS_FP8) == 448 && number_of(0x38, WEIGHTS_FP8) == 1);
+        for (int i = 0; i < 4000; i++) {
+            float x = largest_code(format) * random_float() * (i % 2 ? 1.0f : 0.01f);
+            float apart = fabsf(number_of(code_of(x, format), format) - x);
+            for (int c = 0; c < 256; c++) {
+                if (format == WEIGHTS_INT8 ? c == 128 : (c & 0x7f) == 0x7f) {
+                    continue;
+                }
+                float other = fabsf(number_of((uint8_t)c, format) - x);
+                cr_assert(apart <= other && (apart < other || code_of(x, format) % 2 == 0 || number_of((uint8_t)c, format) == number_of(code_of(x, format), format)),
+                          "%.9g", (double)x);
+            }
+        }
+    }
+}
+
+/* A product with rounded weights against doubles of the same rounding, and the largest of a row kept no longer than its matrix. */
+Test(cpu, linear_rounds_its_weights_to_one_byte) {
+    enum { N = 3, I = 70, O = 9 };
+    for (int i = 0; i < 4; i++) {
+        Engine *e = build_engine(i, 1);
+        for (int f = WEIGHTS_INT8; e && f <= WEIGHTS_FP8; f++) {
+            float *w = random_floats(O * I), *x = random_floats(N * I), y[N * O];
+            for (int turn = 0; turn < 2; turn++) {
+                Linear linear = {.n = 1, .in = I, .out = O, .format = (WeightFormat)f,
+                                 .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {O, I}, .data = w, .bytes = O * I * sizeof(float)}}};
+                e->linear(e, y, x, &linear, N);
+                for (int at = 0; at < N * O; at++) {
+                    double sum = 0, largest = 0;
+                    for (int k = 0; k < I; k++) {
+                        largest = fmax(largest, fabs((double)w[at % O * I + k]));
+                    }
+                    for (int k = 0; k < I; k++) {
+                        float by = to_codes((float)largest, linear.format), scale = from_codes((float)largest, linear.format);
+                        sum += (double)x[at / O * I + k] * (double)number_of(code_of(w[at % O * I + k] * by, linear.format), linear.format) * (double)scale;
+                    }
+                    near((double)y[at], sum, 10, 1e-6, "rounded linear");
+                }
+                e->forget(e, w, O * I * sizeof(float));
+                for (int k = 0; k < O * I; k++) {
+                    w[k] *= 3;
+                }
+            }
+            free(w);
+            free(x);
+        }
+        if (e) {
+            e->close(e);
+        }
+    }
 }
 
 /* The f16 pattern of k / 64, found by looking through all of them once. */

@@ -103,6 +103,7 @@ Test(kernels, gated) { check("gated"); }
 Test(kernels, rows) { check("rows"); }
 Test(kernels, linear) { check("linear"); }
 Test(kernels, lora) { check("lora"); }
+Test(kernels, weights_of_one_byte) { check("rounded"); }
 Test(kernels, attention) { check("attention"); }
 Test(kernels, attention_wide_heads) { check("wide attention"); }
 Test(kernels, attention_of_single_tokens) { check("decoding"); }
@@ -155,13 +156,43 @@ Test(kernels, copies_of_weights_follow_their_source) {
         e->linear(e, out, x, &linear, 1);
         e->read(e, &y, out, 0, 1);
         cr_assert(y == 12);
-        e->adamw(e, trained, g, m, v, DT_F32, 10, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1 */
+        e->adamw(e, trained, DT_F32, g, m, v, DT_F32, 10, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1 */
         e->linear(e, out, x, &linear, 1);
         e->read(e, &y, out, 0, 1);
         cr_assert(fabsf(y - 10) < 1e-4f, "%g", (double)y);
         wipe(&t);
     }
     cr_assert(shim_buffers() == 0);
+}
+
+/* Trained weights in the engine's own format, one matrix of a stack behind the other, are used where they stand. */
+Test(kernels, weights_that_train_in_bf16_need_no_copy) {
+    OpTape t = {.e = open_shim(DT_BF16)};
+    Engine *e = t.e;
+    uint16_t w[4], ones[2] = {f32_to_bf16(1), f32_to_bf16(1)};
+    float y[2], g[4] = {1, 1, 1, 1};
+    for (int i = 0; i < 4; i++) {
+        w[i] = f32_to_bf16((float)(1 << i));
+    }
+    Act *trained = room(&t, DT_BF16, 4), *x = room(&t, DT_BF16, 2), *out = room(&t, DT_F32, 2), *grad = room(&t, DT_F32, 4), *m = room(&t, DT_F32, 4),
+        *v = room(&t, DT_F32, 4);
+    Tensor one = {.dtype = DT_BF16, .n_dims = 2, .shape = {1, 2}, .data = trained, .bytes = 4};
+    Linear stack = {.n = 2, .in = 2, .out = 2, .w = {one, one}};
+    stack.w[1].data = (uint16_t *)trained + 2;
+    e->put(e, trained, w, sizeof w);
+    e->put(e, x, ones, sizeof ones);
+    e->write(e, grad, 0, g, 4);
+    e->zero(e, m, 16);
+    e->zero(e, v, 16);
+    size_t buffers = shim_buffers();
+    e->linear(e, out, x, &stack, 1);
+    e->read(e, y, out, 0, 2);
+    cr_assert(y[0] == 3 && y[1] == 12);
+    e->adamw(e, trained, DT_BF16, grad, m, v, DT_F32, 4, &(AdamW){0.9f, 0.95f, 0, 0}, 1.0f, 1, 1, 0); /* each by 1, which bf16 holds */
+    e->linear(e, out, x, &stack, 1);
+    e->read(e, y, out, 0, 2);
+    cr_assert(fabsf(y[0] - 1) < 1e-4f && fabsf(y[1] - 10) < 1e-4f && shim_buffers() == buffers, "%g %g", (double)y[0], (double)y[1]);
+    wipe(&t);
 }
 
 Test(kernels, a_failed_allocation_is_reported_and_nothing_runs_after_it) {
@@ -181,6 +212,121 @@ Test(kernels, a_failed_allocation_is_reported_and_nothing_runs_after_it) {
     cr_assert(isnan(out[0]));
     cr_assert(t.e->check(t.e, &err) == -1 && strstr(err.msg, "no memory for the weights"), "%s", err.msg);
     shim_fail_after(-1);
+    wipe(&t);
+}
+
+/* ------------------------------------------------------------------------------------------------ recorded steps */
+
+enum { DECODES = 3, SAID = 2000 };
+
+/* Three times two prompts of three samples each below a common segment, drawn on an engine that it opens: every token and its
+ * log-probability. The first time rows end at different steps; the third differs from the second in the prompts' lengths alone. */
+static int say(Engine *e, float *said, int64_t *rows) {
+    Err err = {0};
+    Model m;
+    Forest f;
+    Batch b = {0};
+    int prompt[24], n = 0, *eos = NULL;
+    cr_assert(adapted_load(&m, "tests/golden/pair_gemma3/av", 0, e, &err) == 0, "%s", err.msg);
+    cr_assert(forest_open(&f, &m, m.config.n_layers, 300, 64, FORWARD, &err) == 0, "%s", err.msg);
+    for (int i = 0; i < m.config.vocab_size; i += 6) {
+        arrput(eos, i);
+    }
+    for (int i = 0; i < 24; i++) {
+        prompt[i] = (int)(random_uniform(9, (uint64_t)i, 0, 0) * m.config.vocab_size);
+    }
+    for (int turn = 0; turn < DECODES; turn++) {
+        Decoder d = {.how = {.sampler = {1, 0, 1, 5}, .max_tokens = 9, .ignore_eos = turn > 0}, .eos = eos, .vocab_size = m.config.vocab_size};
+        forest_cut(&f, 0);
+        int root = forest_add(&f, -1, 20, &err), length = turn == 2 ? 5 : 3;
+        cr_assert(feed(&f, &b, root, prompt, 20, NULL, &err) == 0, "%s", err.msg);
+        for (int i = 0; i < 2; i++) {
+            int tail = forest_add(&f, root, length, &err);
+            cr_assert(feed(&f, &b, tail, prompt + i, length, NULL, &err) == 0 && decoder_add(&d, &f, tail, i, prompt[i + length], 3, &err) == 0);
+        }
+        *rows += decode(&d, &f, &b, &err);
+        for (int i = 0; i < 6; i++) {
+            for (int j = 0; j < (int)arrlen(d.sample[i].logprob); j++) {
+                said[n++] = d.sample[i].logprob[j];
+                said[n++] = j < (int)arrlen(d.sample[i].ids) ? (float)d.sample[i].ids[j] : -1;
+            }
+        }
+        decoder_free(&d);
+    }
+    forest_close(&f);
+    batch_free(&b);
+    model_free(&m);
+    arrfree(eos);
+    e->close(e);
+    return n;
+}
+
+/* The same numbers, bit for bit, as when every op of every step is launched by itself; and the CPU's tokens. */
+Test(kernels, recorded_steps_are_the_steps_that_run_op_by_op) {
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        float want[SAID], have[SAID], cpu[SAID];
+        int64_t rows = 0;
+        Err err = {0};
+        size_t graphs = shim_launches("graph");
+        setenv("NLA_GRAPHS", "0", 1);
+        int n = say(open_shim(bf16 ? DT_BF16 : DT_F32), want, &rows);
+        cr_assert(shim_launches("graph") == graphs);
+        unsetenv("NLA_GRAPHS");
+        cr_assert(say(open_shim(bf16 ? DT_BF16 : DT_F32), have, &rows) == n);
+        cr_assert(memcmp(want, have, (size_t)n * sizeof(float)) == 0);
+        cr_assert(say(engine_open(1, false, &err), cpu, &rows) == n || bf16);
+        for (int i = 0; i < n && !bf16; i++) {
+            cr_assert(i % 2 ? have[i] == cpu[i] : fabsf(have[i] - cpu[i]) < 1e-4f, "%d: %g instead of %g", i, (double)have[i], (double)cpu[i]);
+        }
+        graphs = shim_launches("graph") - graphs; /* of the second and third time all steps but the first, of the first some */
+        cr_assert(graphs > 16 && graphs < 16 + 9, "%zu steps were recorded ones", graphs);
+    }
+    cr_assert(shim_buffers() == 0);
+}
+
+/* A step of one product. */
+static float step_of(Engine *e, const Linear *linear, const Act *x, Act *y) {
+    float out;
+    if (!e->begin_step(e, "shape", 5)) {
+        e->linear(e, y, x, linear, 1);
+        e->end_step(e);
+    }
+    e->read(e, &out, y, 0, 1);
+    return out;
+}
+
+Test(kernels, a_step_is_recorded_anew_when_a_weight_or_memory_has_changed) {
+    OpTape t = {.e = open_shim(DT_BF16)};
+    Engine *e = t.e;
+    float w[2] = {1, 2};
+    Linear linear = {.n = 1, .in = 2, .out = 1, .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {1, 2}, .data = w, .bytes = sizeof w}}};
+    Act *x = room(&t, e->act_dtype, 2), *out = e->alloc(e, e->act_dtype, 1), *trained = room(&t, DT_F32, 2);
+    e->write(e, x, 0, (float[]){1, 1}, 2);
+    e->write(e, trained, 0, (float[]){4, 8}, 2);
+    for (int i = 0; i < 5; i++) { /* op by op, as is the next since working memory has grown; recorded; twice replayed */
+        cr_assert(step_of(e, &linear, x, out) == 3);
+        cr_assert(shim_launches("graph") == (size_t)(i > 1 ? i - 1 : 0));
+    }
+    e->forget(e, w, sizeof w);
+    w[0] = 5;
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 7);
+    }
+    e->free(e, out);
+    out = e->alloc(e, e->act_dtype, 100);
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 7);
+    }
+    linear.w[0].data = trained;
+    e->forget(e, w, sizeof w); /* another weight is another shape: here the shape is always the same */
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 12);
+    }
+    e->write(e, trained, 0, (float[]){6, 8}, 2);
+    for (int i = 0; i < 3; i++) {
+        cr_assert(step_of(e, &linear, x, out) == 14);
+    }
+    e->free(e, out);
     wipe(&t);
 }
 
@@ -207,7 +353,7 @@ static float *av_there_and_back(Engine *e, const char *dir, float *logp, size_t 
     Verbalizer av;
     Params p;
     cr_assert(verbalizer_open(&av, dir, NULL, NAN, e, &err) == 0, "%s", err.msg);
-    cr_assert(params_open(&p, &av.model, false, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &av.model, false, NULL, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     int D = av.model.config.hidden_size, V = av.model.config.vocab_size, id[GROUPS * SAMPLES][LENGTH], length[SAMPLES] = {LENGTH, LENGTH};
     float *vector = xmalloc((size_t)(GROUPS * D) * sizeof(float));
     const int *token[GROUPS * SAMPLES];

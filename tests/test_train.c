@@ -208,7 +208,7 @@ static void check_av(int family, bool lora) {
     Err err = {0};
     open_case(&c, family, 2, "explanations");
     open_av(&r, &c, lora, TRAINING);
-    cr_assert(params_open(&p, &r.av.model, lora, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &r.av.model, lora, NULL, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     check_steps(&c, &p, lora ? "av_lora" : "av", av_step, &r);
     params_close(&p);
     close_av(&r);
@@ -271,7 +271,7 @@ static void check_ar(int family, bool lora) {
     Err err = {0};
     open_case(&c, family, 2, "explanations");
     open_ar(&r, &c, lora, TRAINING);
-    cr_assert(params_open(&p, &r.ar.model, lora, &r.ar.head, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &r.ar.model, lora, &r.ar.head, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     check_steps(&c, &p, lora ? "ar_lora" : "ar", ar_step, &r);
     params_close(&p);
     close_ar(&r);
@@ -366,7 +366,7 @@ static void check_policy(AvRows *av, const Case *c, const Drawn *r, const char *
     }
     GrpoLoss x = {.how = {0.2, 0.05, 3}, .old = olds, .ref = refs, .advantage = advantage, .weight = weight};
     TokenLoss loss = {&x, grpo_tokens};
-    cr_assert(params_open(&p, &av->av.model, lora, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&p, &av->av.model, lora, NULL, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     for (int g = 0, tokens = 0; g < VECTORS; g += 2) { /* two microbatches, the last one short */
         int n = VECTORS - g < 2 ? VECTORS - g : 2;
         x.at = tokens;
@@ -433,7 +433,7 @@ Test(train, rewards_advantages_and_the_ars_share_of_an_rl_step_equal_pytorch_in_
             }
         }
         double mse[SAMPLES], reward[SAMPLES], loss = 0;
-        cr_assert(params_open(&p, &ar.ar.model, true, &ar.ar.head, DT_F32, &err) == 0, "%s", err.msg);
+        cr_assert(params_open(&p, &ar.ar.model, true, &ar.ar.head, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
         cr_assert(ar_pass(&ar.pass, text, len, gold, n, 1.0 / n, mse, &p, &err) == 0, "%s", err.msg);
         compare(&c, &p, p.grad, "rl.ar_grad.", 1e-4, 0);
         const Tensor *length;
@@ -503,7 +503,7 @@ static void compute(State *s, int family, int threads, int micro, Passes passes)
     open_case(&s->c, family, threads, "explanations");
     open_av(&s->rows, &s->c, false, passes);
     add_shorter_rows(&s->rows);
-    cr_assert(params_open(&s->p, &s->rows.av.model, false, NULL, DT_F32, &err) == 0, "%s", err.msg);
+    cr_assert(params_open(&s->p, &s->rows.av.model, false, NULL, DT_F32, DT_F32, &err) == 0, "%s", err.msg);
     av_loss(&s->rows, micro, &s->p.gradient);
 }
 
@@ -568,7 +568,7 @@ Test(train, bf16_moments_are_rounded_stochastically_without_bias_and_by_key_alon
         m[k] = xcalloc(N, sizeof(uint16_t));
         v[k] = xcalloc(N, sizeof(uint16_t));
         for (int step = 1; step <= 100; step++) {
-            e->adamw(e, w[k], g, m[k], v[k], DT_BF16, N, &how, 1e-3f, step, 1, random_key(k == 2, (uint64_t)step, 0, 0));
+            e->adamw(e, w[k], DT_F32, g, m[k], v[k], DT_BF16, N, &how, 1e-3f, step, 1, random_key(k == 2, (uint64_t)step, 0, 0));
             double sum_m = 0, sum_v = 0, exact_m = 1 - pow(0.9, step), exact_v = 1 - pow(0.95, step);
             for (int i = 0; i < N; i++) {
                 sum_m += (double)bf16_to_f32(m[k][i]);
@@ -587,6 +587,45 @@ Test(train, bf16_moments_are_rounded_stochastically_without_bias_and_by_key_alon
         free(w[k]);
         free(m[k]);
         free(v[k]);
+    }
+    free(g);
+}
+
+/* The same for the weights themselves: 100 updates of 1e-4 at 1, where neighbours are 2^-8 and 2^-7 apart, move the mean by 0.01;
+ * rounded to nearest they would move nothing. */
+Test(train, bf16_weights_are_rounded_stochastically_without_bias_and_by_key_alone) {
+    enum { N = 1 << 16, UPDATES = 100 };
+    Err err = {0};
+    AdamW how = {0.9f, 0.95f, 1e-8f, 0};
+    uint16_t *w[3];
+    float *g = xcalloc(N, sizeof *g);
+    for (int i = 0; i < N; i++) {
+        g[i] = 1;
+    }
+    for (int k = 0; k < 3; k++) {
+        Engine *e = engine_open(k == 1 ? 3 : 1, false, &err);
+        float *m = xcalloc(N, sizeof *m), *v = xcalloc(N, sizeof *v);
+        double sum = 0;
+        w[k] = xcalloc(N, sizeof(uint16_t));
+        for (int i = 0; i < N; i++) {
+            w[k][i] = f32_to_bf16(1);
+        }
+        for (int step = 1; step <= UPDATES; step++) {
+            e->adamw(e, w[k], DT_BF16, g, m, v, DT_F32, N, &how, 1e-4f, step, 1, random_key(k == 2, (uint64_t)step, 0, 0));
+        }
+        for (int i = 0; i < N; i++) {
+            sum += (double)bf16_to_f32(w[k][i]);
+        }
+        /* a walk of 100 draws of one step of 2^-8 with probability 0.026 has deviation 0.006, the mean of 65,536 of them 2.5e-5 */
+        cr_assert(fabs(sum / N - 0.99) < 1.5e-4, "%.6f", sum / N);
+        free(m);
+        free(v);
+        e->close(e);
+    }
+    cr_assert(memcmp(w[0], w[1], N * sizeof **w) == 0);
+    cr_assert(memcmp(w[0], w[2], N * sizeof **w) != 0);
+    for (int k = 0; k < 3; k++) {
+        free(w[k]);
     }
     free(g);
 }
