@@ -520,7 +520,9 @@ static int load_block(Loader *l, int layer) {
     } else if (!bad) {
         bad = take(l, &b->mlp_in_norm, prefix, "post_attention_layernorm.weight", D, 0) != 0;
     }
-    b->qkv.format = b->o.format = b->gate_up.format = b->down.format = l->model->engine->weights;
+    if (l->model->engine) { /* none: only the sizes are wanted */
+        b->qkv.format = b->o.format = b->gate_up.format = b->down.format = l->model->engine->weights;
+    }
     free(prefix);
     return bad ? -1 : 0;
 }
