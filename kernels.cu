@@ -783,7 +783,7 @@ struct PlanKey {
     bool operator<(const PlanKey &o) const { return memcmp(this, &o, sizeof o) < 0; }
 };
 
-struct Plan {
+struct ProductPlan {
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
@@ -794,7 +794,7 @@ struct Plans {
 #define LT_POINTER(name) decltype(&cublasLt##name) name;
     LT_FUNCTIONS(LT_POINTER)
     cublasLtHandle_t handle;
-    std::map<PlanKey, Plan> plan;
+    std::map<PlanKey, ProductPlan> plan;
 };
 } // namespace
 
@@ -849,7 +849,7 @@ static uint32_t alignment_of(const void *p) {
 
 /* The library is column-major: what we store as rows it reads as columns, so it is asked for C^T = op(B)^T op(A)^T. fp32 inputs
  * are multiplied as fp32, never as TF32. */
-static bool make_plan(Plans *p, const Gemm &g, Plan *plan) {
+static bool make_plan(Plans *p, const Gemm &g, ProductPlan *plan) {
     size_t room = GEMM_WORKSPACE;
     uint32_t align_left = alignment_of(g.b), align_right = alignment_of(g.a), align_c = alignment_of(g.c);
     int found = 0;
@@ -898,7 +898,7 @@ static void gemm(Cuda *c, const Gemm &g) {
     key.ldc = g.ldc;
     auto it = p->plan.find(key);
     if (it == p->plan.end()) {
-        Plan plan = {};
+        ProductPlan plan = {};
         if (!make_plan(p, g, &plan)) {
             set_failed(c, "cuBLASLt has no way to multiply [%d,%d] by [%d,%d]", g.M, g.K, g.K, g.N);
             return;
@@ -906,7 +906,7 @@ static void gemm(Cuda *c, const Gemm &g) {
         it = p->plan.insert({key, plan}).first;
     }
     void *space = work(c, WORK_GEMM, GEMM_WORKSPACE);
-    const Plan &plan = it->second;
+    const ProductPlan &plan = it->second;
     cublasStatus_t status = space ? p->Matmul(p->handle, plan.product, &g.alpha, g.b, plan.a, g.a, plan.b, &g.beta, g.c, plan.c, g.c,
                                               plan.c, &plan.algo, space, GEMM_WORKSPACE, c->stream)
                                   : CUBLAS_STATUS_ALLOC_FAILED;
