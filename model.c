@@ -681,10 +681,10 @@ void model_free(Model *m) {
     for (int i = 0; m->engine && i < (int)arrlen(m->files.file); i++) {
         m->engine->forget(m->engine, m->files.file[i].data, m->files.file[i].len);
     }
-    if (m->made) {
+    if (m->engine && m->made) {
         m->engine->forget(m->engine, m->made, m->made_bytes);
-        free(m->made);
     }
+    free(m->made);
     free(m->block);
     free(m->dir);
     safetensors_close(&m->files);
