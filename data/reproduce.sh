@@ -28,6 +28,8 @@ written=data/explanations/smollm2-l20.jsonl
 if [ "$MODEL" = SmolLM2-135M-Instruct ]; then LAYER=${LAYER:-20}; else written=""; fi
 layer=${LAYER:-}
 recipe=data/smollm2-l20
+bf16="" # products of rounded inputs take about half the time, where the processor has them
+if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
 if [ $small = 1 ]; then
@@ -78,8 +80,8 @@ explain() { # explain PART STAGE: by a language model where there is one's text,
 train() { # train STAGE STEPS key=value...
     local stage=$1 steps=$2
     shift 2
-    # shellcheck disable=SC2046 # an option or none
-    "$NLA" train "$stage" --config "$recipe/$stage.yaml" "out=$dir/$stage" "steps=$steps" "eval=$dir/rows/held" "$@" $(resumed "$dir/$stage")
+    # shellcheck disable=SC2046,SC2086 # options or none
+    "$NLA" train "$stage" $bf16 --config "$recipe/$stage.yaml" "out=$dir/$stage" "steps=$steps" "eval=$dir/rows/held" "$@" $(resumed "$dir/$stage")
 }
 evaluate() { # evaluate NAME AV AR
     to_file "$dir/$1.txt" "$NLA" eval --av "$2" --ar "$3" --acts "$dir/rows/held" --rows $eval_rows --train "$dir/rows/ar_sft" \
