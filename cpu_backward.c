@@ -74,36 +74,41 @@ INLINE __m512i stored_bf16(const uint16_t *x, int n) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
 }
 
+INLINE __m512i stored_f16(const uint16_t *x, int n) {
+    __mmask16 mask = (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1);
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x))));
+}
+
 /* Pairs of two rows' numbers. */
 INLINE void weave(float *out, __m512i first, __m512i second) {
     _mm512_storeu_si512(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
 
-/* pack_a in pairs of neighbours along k, the last one's second number zero when depth is odd. alpha is 1. */
-static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, int depth) {
-    float pair[PRODUCT_ROWS][SUM_BLOCK / 2] = {0}, column[2][16] = {0};
+/* pack_a in pairs of neighbours along k, the last one's second number zero when depth is odd. alpha is 1; A has its rows (ak 1) or its
+ * columns (am 1) contiguous. room: [PRODUCT_ROWS, SUM_BLOCK / 2] */
+static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, int depth, float *room) {
     int pairs = (depth + 1) / 2;
     for (int m = 0; m < rows; m += PRODUCT_ROWS, out += PRODUCT_ROWS * pairs) {
         int n = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
         const float *a = g->a + (size_t)(m0 + m) * g->am + (size_t)k0 * g->ak;
-        for (int i = 0; i < n && g->ak == 1; i++) { /* a row of A is contiguous: round it, then deal out its pairs */
+        if (g->ak != 1) {
+            for (int k = 0; k < depth; k += 2) {
+                __m512i first = bf16_of(a + (size_t)k * g->ak, n), second = bf16_of(a + (size_t)(k + 1) * g->ak, k + 1 < depth ? n : 0);
+                __m512i woven = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+                _mm512_mask_storeu_epi32(out + k / 2 * PRODUCT_ROWS, (1 << PRODUCT_ROWS) - 1, woven);
+            }
+            continue;
+        }
+        for (int i = 0; i < n; i++) { /* round a row, then deal out its pairs */
             for (int k = 0; k < depth; k += 16) {
                 __mmask16 mask = (__mmask16)(depth - k >= 16 ? 0xffffu : (1u << (depth - k)) - 1);
                 __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, a + (size_t)i * g->am + k));
-                _mm256_storeu_si256((__m256i *)(void *)(pair[i] + k / 2), (__m256i)half);
+                _mm256_storeu_si256((__m256i *)(void *)(room + i * (SUM_BLOCK / 2) + k / 2), (__m256i)half);
             }
         }
         for (int p = 0; p < pairs; p++) {
-            float woven[16];
-            for (int i = 0; i < n && g->ak != 1; i++) {
-                column[0][i] = a[(size_t)i * g->am + (size_t)(2 * p) * g->ak];
-                column[1][i] = 2 * p + 1 < depth ? a[(size_t)i * g->am + (size_t)(2 * p + 1) * g->ak] : 0;
-            }
-            if (g->ak != 1) {
-                weave(woven, bf16_of(column[0], n), bf16_of(column[1], n));
-            }
             for (int i = 0; i < PRODUCT_ROWS; i++) {
-                out[p * PRODUCT_ROWS + i] = i >= n ? 0 : g->ak == 1 ? pair[i][p] : woven[i];
+                out[p * PRODUCT_ROWS + i] = i < n ? room[i * (SUM_BLOCK / 2) + p] : 0;
             }
         }
     }
@@ -122,11 +127,9 @@ static void pack_b_pairs(float *out, const Gemm *g, int n0, int columns, int k0,
                     weave(out, stored_bf16(stored + at, width), stored_bf16(stored + at + g->ldb, second));
                 } else if (floats) {
                     weave(out, bf16_of(floats + at, width), bf16_of(floats + at + g->ldb, second));
-                } else { /* f16 */
-                    float wide[2][16] = {0};
-                    widen(wide[0], g->bt, at, (size_t)(width < 16 ? width : 16));
-                    widen(wide[1], g->bt, at + g->ldb, (size_t)(second < 16 ? second : 16));
-                    weave(out, bf16_of(wide[0], 16), bf16_of(wide[1], 16));
+                } else {
+                    const uint16_t *half = g->bt->data;
+                    weave(out, stored_f16(half + at, width), stored_f16(half + at + g->ldb, second));
                 }
             }
         }
@@ -243,8 +246,8 @@ static void border_tile(bool bf16, const float *a, const float *b, int depth, fl
 }
 
 static void gemm_block(const Gemm *g, Scratch *s, int m0, int rows, int n0, int columns) {
-    size_t a_room = (size_t)ROW_BLOCK * SUM_BLOCK, b_room = (size_t)COLUMN_BLOCK * SUM_BLOCK;
-    float *a = work_room(s, a_room + b_room), *b = a + a_room;
+    size_t a_room = (size_t)ROW_BLOCK * SUM_BLOCK, b_room = (size_t)COLUMN_BLOCK * SUM_BLOCK, pairs_room = PRODUCT_ROWS * SUM_BLOCK / 2;
+    float *a = work_room(s, a_room + b_room + pairs_room), *b = a + a_room;
     for (int i = 0; i < rows && !g->add; i++) {
         memset(g->c + (size_t)(m0 + i) * g->ldc + n0, 0, (size_t)columns * sizeof(float));
     }
@@ -253,7 +256,7 @@ static void gemm_block(const Gemm *g, Scratch *s, int m0, int rows, int n0, int 
         bool bf16 = g->bf16;
 #ifdef __AVX512BF16__
         if (bf16) {
-            pack_a_pairs(a, g, m0, rows, k0, depth);
+            pack_a_pairs(a, g, m0, rows, k0, depth, b + b_room);
             pack_b_pairs(b, g, n0, columns, k0, depth);
             depth = (depth + 1) / 2;
         }

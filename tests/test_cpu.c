@@ -309,12 +309,13 @@ Test(cpu, bf16_gradients_equal_products_of_rounded_inputs) {
         cr_skip_test("%s", err.msg);
     }
     const int sizes[][3] = {{13, 70, 301}, {300, 16, 7}, {1, 600, 33}}; /* N, I, O */
-    for (int k = 0; k < 6; k++) {
-        int N = sizes[k / 2][0], I = sizes[k / 2][1], O = sizes[k / 2][2];
+    const DType dtypes[] = {DT_F32, DT_BF16, DT_F16};
+    for (int k = 0; k < 9; k++) {
+        int N = sizes[k / 3][0], I = sizes[k / 3][1], O = sizes[k / 3][2];
         float *w, *x = random_floats((size_t)(N * I)), *dy = random_floats((size_t)(N * O)), *dx = random_floats((size_t)(N * I)),
                   *dw = random_floats((size_t)(O * I)), *old = malloc((size_t)(O * I) * sizeof(float));
         Linear linear = {.n = 1, .in = I, .out = O}, gradient = linear;
-        linear.w[0] = random_tensor(k % 2 ? DT_BF16 : DT_F32, O, I, &w);
+        linear.w[0] = random_tensor(dtypes[k % 3], O, I, &w);
         gradient.w[0] = (Tensor){.dtype = DT_F32, .n_dims = 2, .shape = {O, I}, .data = dw};
         memcpy(old, dw, (size_t)(O * I) * sizeof(float));
         poison(e);
