@@ -102,6 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         request["headers"] = {name.lower(): value for name, value in self.headers.items()}
         with server.lock:
+            self.counted = True
             server.now += 1
             server.most = max(server.most, server.now)
             request["nth"] = sum(other["text"] == text for other in server.requests)
@@ -111,8 +112,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.behave(body["model"], request)
         finally:
-            with server.lock:
-                server.now -= 1
+            self.leave()
+
+    def leave(self):
+        """Before the answer goes out: the client may ask again before this thread runs on."""
+        with self.server.lock:
+            self.server.now -= self.counted
+            self.counted = False
 
     def behave(self, model, request):
         if model in ("even", "open"):
@@ -165,6 +171,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, body, headers=None):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.leave()
         self.send_response(status)
         for name, value in {"content-length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
