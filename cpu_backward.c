@@ -117,19 +117,19 @@ static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, in
 /* pack_b in pairs of neighbours along k; past the last column there are zeros. */
 static void pack_b_pairs(float *out, const Gemm *g, int n0, int columns, int k0, int depth) {
     const float *floats = g->bt && g->bt->dtype == DT_F32 ? g->bt->data : g->b;
-    const uint16_t *stored = g->bt && g->bt->dtype == DT_BF16 ? g->bt->data : NULL;
+    const uint16_t *stored = g->bt ? g->bt->data : NULL;
+    bool f16 = g->bt && g->bt->dtype == DT_F16;
     for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
         for (int k = 0; k < depth; k += 2) {
             size_t at = (size_t)(k0 + k) * g->ldb + (size_t)(n0 + n);
             for (int i = 0; i < PRODUCT_COLUMNS; i += 16, at += 16, out += 16) {
                 int width = columns - n - i < 0 ? 0 : columns - n - i, second = k + 1 < depth ? width : 0;
-                if (stored) {
-                    weave(out, stored_bf16(stored + at, width), stored_bf16(stored + at + g->ldb, second));
-                } else if (floats) {
+                if (floats) {
                     weave(out, bf16_of(floats + at, width), bf16_of(floats + at + g->ldb, second));
+                } else if (f16) {
+                    weave(out, stored_f16(stored + at, width), stored_f16(stored + at + g->ldb, second));
                 } else {
-                    const uint16_t *half = g->bt->data;
-                    weave(out, stored_f16(half + at, width), stored_f16(half + at + g->ldb, second));
+                    weave(out, stored_bf16(stored + at, width), stored_bf16(stored + at + g->ldb, second));
                 }
             }
         }
