@@ -334,16 +334,7 @@ static void print_phase(const Bench *b, const Phases *p, int i, double *all, dou
 
 /* The most that this process has held since reset_peak, mapped files it has touched included; 0 where the system does not say. */
 static double peak_memory(void) {
-    FILE *in = fopen("/proc/self/status", "r");
-    char line[256];
-    double kilobytes = 0;
-    while (in && fgets(line, sizeof line, in)) {
-        (void)sscanf(line, "VmHWM: %lf", &kilobytes);
-    }
-    if (in) {
-        fclose(in);
-    }
-    return kilobytes * 1024;
+    return proc_bytes("/proc/self/status", "VmHWM");
 }
 
 static void reset_peak(void) {

@@ -234,17 +234,6 @@ static void dot_rows(int mr, bool bf16, const float *x, const float *w, size_t l
 #undef TILE
 }
 
-#ifdef __AVX512BF16__
-/* Rounds fp32 to bf16; the last 32-group is filled with zeros. */
-static void narrow(uint16_t *out, const float *in, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
-        __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
-        _mm256_storeu_si256((__m256i *)(void *)(out + i), (__m256i)half);
-    }
-}
-#endif
-
 /* Columns [k0, k0+kc) of `rows` rows of x, tile by tile: the rows of a tile take turns, a register's worth each, so that the
  * product reads one stream. Beyond kc there are zeros. */
 static void pack_x(float *packed, const float *x, int rows, int K, int k0, int kc, int width, bool bf16) {

@@ -207,6 +207,17 @@ static inline void widen(float *out, const Tensor *t, size_t offset, size_t n) {
     }
 }
 
+#ifdef __AVX512BF16__
+/* Rounds fp32 to bf16; the last 32-group is filled with zeros. */
+static inline void narrow(uint16_t *out, const float *in, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), (__m256i)half);
+    }
+}
+#endif
+
 /* A norm's weights in fp32, with Gemma's 1 added. */
 static inline const float *widened_norm(Scratch *s, const Tensor *w, int D, int plus_one) {
     s->norm = grow(s->norm, &s->norm_room, (size_t)D);

@@ -100,11 +100,7 @@ static void pack_a_pairs(float *out, const Gemm *g, int m0, int rows, int k0, in
             continue;
         }
         for (int i = 0; i < n; i++) { /* round a row, then deal out its pairs */
-            for (int k = 0; k < depth; k += 16) {
-                __mmask16 mask = (__mmask16)(depth - k >= 16 ? 0xffffu : (1u << (depth - k)) - 1);
-                __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, a + (size_t)i * g->am + k));
-                _mm256_storeu_si256((__m256i *)(void *)(room + i * (SUM_BLOCK / 2) + k / 2), (__m256i)half);
-            }
+            narrow((uint16_t *)(void *)(room + i * (SUM_BLOCK / 2)), a + (size_t)i * g->am, (size_t)depth);
         }
         for (int p = 0; p < pairs; p++) {
             for (int i = 0; i < PRODUCT_ROWS; i++) {

@@ -376,17 +376,24 @@ void memory_count(MemoryUse *m, MemoryKind kind, size_t more, size_t less) {
     m->most = all > m->most ? all : m->most;
 }
 
-size_t host_available(void) {
-    FILE *in = fopen("/proc/meminfo", "r");
+double proc_bytes(const char *path, const char *field) {
+    FILE *in = fopen(path, "r");
     char line[256];
     double kilobytes = 0;
+    size_t n = strlen(field);
     while (in && fgets(line, sizeof line, in)) {
-        (void)sscanf(line, "MemAvailable: %lf", &kilobytes);
+        if (strncmp(line, field, n) == 0 && line[n] == ':') {
+            kilobytes = strtod(line + n + 1, NULL);
+        }
     }
     if (in) {
         fclose(in);
     }
-    return (size_t)kilobytes * 1024;
+    return kilobytes * 1024;
+}
+
+size_t host_available(void) {
+    return (size_t)proc_bytes("/proc/meminfo", "MemAvailable");
 }
 
 Engine *engine_open(int threads, bool bf16_dot, Err *err) {

@@ -468,6 +468,7 @@ struct Engine {
  * threads 0 = all. Fails when bf16_dot is asked of a processor without it. NLA_CPU=avx512|avx2|any picks a narrower one. */
 Engine *engine_open(int threads, bool bf16_dot, Err *err);
 void memory_count(MemoryUse *m, MemoryKind kind, size_t more, size_t less); /* an engine tells what it has taken or given back */
+double proc_bytes(const char *path, const char *field); /* what a file such as /proc/self/status says in kB; 0 where it does not */
 size_t host_available(void); /* bytes of the machine's memory that could be had now; 0: nobody knows */
 
 #ifdef NLA_CUDA

@@ -1174,16 +1174,7 @@ static int longest_rows(const TrainRun *r, Err *err) {
 
 /* Bytes that this process holds now, mapped files left out; 0 where the system does not say. */
 static double own_memory(void) {
-    FILE *in = fopen("/proc/self/status", "r");
-    char line[256];
-    double kilobytes = 0;
-    while (in && fgets(line, sizeof line, in)) {
-        (void)sscanf(line, "RssAnon: %lf", &kilobytes);
-    }
-    if (in) {
-        fclose(in);
-    }
-    return kilobytes * 1024;
+    return proc_bytes("/proc/self/status", "RssAnon");
 }
 
 void plan_part(Plan *p, const char *what, double bytes, bool host) {
