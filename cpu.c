@@ -621,7 +621,7 @@ static void attend_segment(const Attention *a, const AttentionItem *item, Scratc
                 int row = keys->row + j + (t + b) * LANES;
                 block[b] = key_block(a->k, (t + b) * LANES < n ? row : keys->row + j, item->g, a->G, E);
             }
-            outer(rows, TILE_VECTORS, s->q, width, block, LANES, E, s->score + t * LANES, KEY_TILE, false);
+            outer(rows, TILE_VECTORS, s->q, width, 1, block, LANES, E, s->score + t * LANES, KEY_TILE, false);
         }
         for (int r = 0; r < rows; r++) {
             int query = first_query + r / group;
@@ -646,7 +646,7 @@ static void attend_segment(const Attention *a, const AttentionItem *item, Scratc
             for (int b = 0; b < nv; b++) {
                 column[b] = v + c + b * LANES;
             }
-            outer(rows, nv, s->score, KEY_TILE, column, ldv, n, s->o + c, width, true);
+            outer(rows, nv, s->score, KEY_TILE, 1, column, ldv, n, s->o + c, width, true);
         }
     }
 }

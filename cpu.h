@@ -235,8 +235,8 @@ INLINE float *key_block(const float *k, int row, int g, int G, int E) {
     return (float *)k + ((size_t)(row / LANES) * (size_t)G + (size_t)g) * (size_t)E * LANES;
 }
 
-/* c[i][v*LANES ..] = (accumulate ? c : 0) + sum_k a[i][k] * b[v][k*ldb ..], mr rows, nv vectors. */
-INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c, int ldc,
+/* c[i][v*LANES ..] = (accumulate ? c : 0) + sum_k a[i*am + k*ak] * b[v][k*ldb ..], mr rows, nv vectors. */
+INLINE void outer_tile(int mr, int nv, const float *a, int am, int ak, const float *const *b, size_t ldb, int k, float *c, int ldc,
                        bool accumulate) {
     Vec sum[6][4];
     for (int i = 0; i < mr; i++) {
@@ -250,7 +250,7 @@ INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *con
             bp[j] = load(b[j] + (size_t)p * ldb);
         }
         for (int i = 0; i < mr; i++) {
-            float x = a[i * lda + p];
+            float x = a[i * am + p * ak];
             for (int j = 0; j < nv; j++) {
                 sum[i][j] += x * bp[j];
             }
@@ -265,26 +265,26 @@ INLINE void outer_tile(int mr, int nv, const float *a, int lda, const float *con
 }
 
 /* All rows of a against nv <= TILE_VECTORS vectors of b. */
-INLINE void outer_rows(int rows, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c,
+INLINE void outer_rows(int rows, int nv, const float *a, int am, int ak, const float *const *b, size_t ldb, int k, float *c,
                        int ldc, bool accumulate) {
     enum { ROWS = LANES == 16 ? 6 : 4 };
     int i = 0;
     for (; i + ROWS <= rows; i += ROWS) {
-        outer_tile(ROWS, nv, a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+        outer_tile(ROWS, nv, a + i * am, am, ak, b, ldb, k, c + i * ldc, ldc, accumulate);
     }
     for (; i < rows; i++) {
-        outer_tile(1, nv, a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+        outer_tile(1, nv, a + i * am, am, ak, b, ldb, k, c + i * ldc, ldc, accumulate);
     }
 }
 
-static inline void outer(int rows, int nv, const float *a, int lda, const float *const *b, size_t ldb, int k, float *c, int ldc,
+INLINE void outer(int rows, int nv, const float *a, int am, int ak, const float *const *b, size_t ldb, int k, float *c, int ldc,
                   bool accumulate) {
     if (nv == TILE_VECTORS) {
-        outer_rows(rows, TILE_VECTORS, a, lda, b, ldb, k, c, ldc, accumulate);
+        outer_rows(rows, TILE_VECTORS, a, am, ak, b, ldb, k, c, ldc, accumulate);
         return;
     }
     for (int j = 0; j < nv; j++) {
-        outer_rows(rows, 1, a, lda, b + j, ldb, k, c + j * LANES, ldc, accumulate);
+        outer_rows(rows, 1, a, am, ak, b + j, ldb, k, c + j * LANES, ldc, accumulate);
     }
 }
 

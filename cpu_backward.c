@@ -241,36 +241,44 @@ static void border_tile(bool bf16, const float *a, const float *b, int depth, fl
     }
 }
 
-static void gemm_block(const Gemm *g, Scratch *s, int m0, int rows, int n0, int columns) {
+/* Rows [from, to) of C, `block` at a time, of columns [n0, n0+columns): B is packed once for all of them. */
+static void gemm_blocks(const Gemm *g, Scratch *s, int from, int to, int block, int n0, int columns) {
     size_t a_room = (size_t)ROW_BLOCK * SUM_BLOCK, b_room = (size_t)COLUMN_BLOCK * SUM_BLOCK, pairs_room = PRODUCT_ROWS * SUM_BLOCK / 2;
     float *a = work_room(s, a_room + b_room + pairs_room), *b = a + a_room;
-    for (int i = 0; i < rows && !g->add; i++) {
-        memset(g->c + (size_t)(m0 + i) * g->ldc + n0, 0, (size_t)columns * sizeof(float));
+    for (int i = from; i < to && !g->add; i++) {
+        memset(g->c + (size_t)i * g->ldc + n0, 0, (size_t)columns * sizeof(float));
     }
     for (int k0 = 0; k0 < g->K; k0 += SUM_BLOCK) {
-        int depth = g->K - k0 < SUM_BLOCK ? g->K - k0 : SUM_BLOCK;
-        bool bf16 = g->bf16;
+        int deep = g->K - k0 < SUM_BLOCK ? g->K - k0 : SUM_BLOCK, depth = g->bf16 ? (deep + 1) / 2 : deep;
 #ifdef __AVX512BF16__
-        if (bf16) {
-            pack_a_pairs(a, g, m0, rows, k0, depth, b + b_room);
-            pack_b_pairs(b, g, n0, columns, k0, depth);
-            depth = (depth + 1) / 2;
+        if (g->bf16) {
+            pack_b_pairs(b, g, n0, columns, k0, deep);
         }
 #endif
-        if (!bf16) {
-            pack_a(a, g, m0, rows, k0, depth);
-            pack_b(b, g, n0, columns, k0, depth);
+        if (!g->bf16) {
+            pack_b(b, g, n0, columns, k0, deep);
         }
-        for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
-            int width = columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS;
-            for (int m = 0; m < rows; m += PRODUCT_ROWS) {
-                int height = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
-                const float *sliver = a + (size_t)m * (size_t)depth, *panel = b + (size_t)n * (size_t)depth;
-                float *c = g->c + (size_t)(m0 + m) * g->ldc + n0 + n;
-                if (height == PRODUCT_ROWS && width % LANES == 0) {
-                    product_columns(width, bf16, sliver, panel, depth, c, g->ldc);
-                } else {
-                    border_tile(bf16, sliver, panel, depth, c, g->ldc, height, width);
+        for (int m0 = from; m0 < to; m0 += block) {
+            int rows = to - m0 < block ? to - m0 : block;
+#ifdef __AVX512BF16__
+            if (g->bf16) {
+                pack_a_pairs(a, g, m0, rows, k0, deep, b + b_room);
+            }
+#endif
+            if (!g->bf16) {
+                pack_a(a, g, m0, rows, k0, deep);
+            }
+            for (int n = 0; n < columns; n += PRODUCT_COLUMNS) {
+                int width = columns - n < PRODUCT_COLUMNS ? columns - n : PRODUCT_COLUMNS;
+                for (int m = 0; m < rows; m += PRODUCT_ROWS) {
+                    int height = rows - m < PRODUCT_ROWS ? rows - m : PRODUCT_ROWS;
+                    const float *sliver = a + (size_t)m * (size_t)depth, *panel = b + (size_t)n * (size_t)depth;
+                    float *c = g->c + (size_t)(m0 + m) * g->ldc + n0 + n;
+                    if (height == PRODUCT_ROWS && width % LANES == 0) {
+                        product_columns(width, g->bf16, sliver, panel, depth, c, g->ldc);
+                    } else {
+                        border_tile(g->bf16, sliver, panel, depth, c, g->ldc, height, width);
+                    }
                 }
             }
         }
@@ -284,17 +292,19 @@ static int block_of(int n, int most, int tile) {
 }
 
 static void gemm(const Engine *e, const Gemm *g) {
-    int row_block = block_of(g->M, ROW_BLOCK, PRODUCT_ROWS), column_block = block_of(g->N, COLUMN_BLOCK, PRODUCT_COLUMNS);
     if (g->M < 1 || g->N < 1) {
         return;
     }
-    int down = (g->M + row_block - 1) / row_block, across = (g->N + column_block - 1) / column_block;
+    int column_block = block_of(g->N, COLUMN_BLOCK, PRODUCT_COLUMNS), across = (g->N + column_block - 1) / column_block;
+    int shares = (e->threads + across - 1) / across; /* of the rows: one for a thread, so that each packs its columns of B once */
+    int share = ((g->M + shares - 1) / shares + PRODUCT_ROWS - 1) / PRODUCT_ROWS * PRODUCT_ROWS, block = block_of(share, ROW_BLOCK, PRODUCT_ROWS);
     bool small = (double)g->M * g->N * g->K < WORTH_THREADS;
 #pragma omp parallel for schedule(dynamic) num_threads(e->threads) if (!small)
-    for (int task = 0; task < down * across; task++) {
-        int m0 = task / across * row_block, n0 = task % across * column_block;
-        gemm_block(g, my_scratch(e), m0, g->M - m0 < row_block ? g->M - m0 : row_block, n0,
-                   g->N - n0 < column_block ? g->N - n0 : column_block);
+    for (int task = 0; task < shares * across; task++) {
+        int from = task / across * share, n0 = task % across * column_block, to = g->M - from < share ? g->M : from + share;
+        if (from < to) {
+            gemm_blocks(g, my_scratch(e), from, to, block, n0, g->N - n0 < column_block ? g->N - n0 : column_block);
+        }
     }
 }
 
@@ -554,7 +564,7 @@ static void cpu_rope_qkv_backward(Engine *e, Act *dqkv, const Tensor *dq_norm, c
  * its ancestors' keys, as forward), then the keys' and values' (a tile of keys walks the queries of its segment and of all
  * descendants, in the batch's order). */
 
-enum { BACK_ROWS = 32 }; /* (query, head) pairs at once; keys: KEY_TILE */
+enum { BACK_ROWS = 96 }; /* (query, head) pairs at once; keys: KEY_TILE */
 
 typedef struct {
     const float *q, *k, *v, *dout, *lse;
@@ -570,52 +580,58 @@ typedef struct {
 /* One tile of scores: rows are (query, head) pairs of one kv head, columns are keys [j, j+n) of one segment. */
 typedef struct {
     float *q, *dout;   /* [BACK_ROWS, W]: W = E rounded up to whole vectors */
-    float *k, *v;      /* [KEY_TILE, W] */
-    float *kt, *vt;    /* [W, KEY_TILE]: the same, turned */
+    float *k;          /* [KEY_TILE, W] */
+    float *kt, *vt;    /* [W, KEY_TILE]: keys and values, turned */
     float *p, *ds;     /* [BACK_ROWS, KEY_TILE] */
-    float *pt, *dst;   /* [KEY_TILE, BACK_ROWS] */
     float *sum, *sum2; /* [max(BACK_ROWS, KEY_TILE), W] */
 } Tile;
 
 static Tile tile_of(const Engine *e, int E) {
-    size_t W = round_up((size_t)E, LANES), rows = BACK_ROWS, keys = KEY_TILE;
-    float *at = work_room(my_scratch(e), 2 * rows * W + 4 * keys * W + 4 * rows * keys + 2 * keys * W);
+    size_t W = round_up((size_t)E, LANES), rows = BACK_ROWS, keys = KEY_TILE, most = rows > keys ? rows : keys;
+    float *at = work_room(my_scratch(e), 2 * rows * W + 3 * keys * W + 2 * rows * keys + 2 * most * W);
     Tile t = {0};
-    float **const part[] = {&t.q, &t.dout, &t.k, &t.v, &t.kt, &t.vt, &t.p, &t.ds, &t.pt, &t.dst, &t.sum, &t.sum2};
-    const size_t size[] = {rows * W, rows * W, keys * W, keys * W, keys * W, keys * W, rows * keys, rows * keys, rows * keys,
-                           rows * keys, keys * W, keys * W};
-    for (int i = 0; i < 12; i++) {
+    float **const part[] = {&t.q, &t.dout, &t.k, &t.kt, &t.vt, &t.p, &t.ds, &t.sum, &t.sum2};
+    const size_t size[] = {rows * W, rows * W, keys * W, keys * W, keys * W, rows * keys, rows * keys, most * W, most * W};
+    for (int i = 0; i < 9; i++) {
         *part[i] = at;
         at += size[i];
     }
     return t;
 }
 
-/* C [rows, columns] (+)= A [rows, k] B [k, columns], columns a multiple of LANES. */
-static void small_product(int rows, int columns, const float *a, int lda, const float *b, size_t ldb, int k, float *c, int ldc, bool add) {
+/* C [rows, columns] (+)= A [rows, k] B [k, columns], A[i,k] = a[i*am + k*ak], columns a multiple of LANES. */
+INLINE void small_product(int rows, int columns, const float *a, int am, int ak, const float *b, size_t ldb, int k, float *c, int ldc,
+                          bool add) {
     for (int j = 0; j < columns; j += TILE_VECTORS * LANES) {
         int nv = (columns - j) / LANES < TILE_VECTORS ? (columns - j) / LANES : TILE_VECTORS;
         const float *column[TILE_VECTORS];
         for (int i = 0; i < nv; i++) {
             column[i] = b + j + i * LANES;
         }
-        outer(rows, nv, a, lda, column, ldb, k, c + j, ldc, add);
+        outer(rows, nv, a, am, ak, column, ldb, k, c + j, ldc, add);
     }
 }
 
+/* Keys [j, j+n) of a segment, which starts a block of the cache, as j does. */
 static void read_keys(const AttentionBack *a, Tile *t, const Segment *s, int j, int n, int g) {
     size_t W = round_up((size_t)a->E, LANES), E = (size_t)a->E, KV = (size_t)a->G * E;
-    memset(t->k, 0, KEY_TILE * W * sizeof(float));
-    memset(t->v, 0, KEY_TILE * W * sizeof(float));
-    memset(t->vt, 0, KEY_TILE * W * sizeof(float));
-    memset(t->kt, 0, KEY_TILE * W * sizeof(float));
-    for (int i = 0; i < n; i++) {
-        int row = s->row + j + i;
-        const float *key = key_block(a->k, row, g, a->G, a->E) + row % LANES;
-        const float *value = a->v + (size_t)row * KV + (size_t)g * E;
+    if (n < KEY_TILE || W > E) { /* what is not there takes part in products, as zeros */
+        memset(t->k, 0, KEY_TILE * W * sizeof(float));
+        memset(t->vt, 0, KEY_TILE * W * sizeof(float));
+        memset(t->kt, 0, KEY_TILE * W * sizeof(float));
+    }
+    for (int i = 0; i < n; i += LANES) {
+        int width = n - i < LANES ? n - i : LANES, row = s->row + j + i;
+        const float *key = key_block(a->k, row, g, a->G, a->E);
         for (size_t x = 0; x < E; x++) {
-            t->k[(size_t)i * W + x] = t->kt[x * KEY_TILE + (size_t)i] = key[x * LANES];
-            t->v[(size_t)i * W + x] = t->vt[x * KEY_TILE + (size_t)i] = value[x];
+            memcpy(t->kt + x * KEY_TILE + (size_t)i, key + x * LANES, (size_t)width * sizeof(float));
+        }
+        for (int r = 0; r < width; r++) {
+            const float *value = a->v + (size_t)(row + r) * KV + (size_t)g * E;
+            for (size_t x = 0; x < E; x++) {
+                t->k[(size_t)(i + r) * W + x] = key[x * LANES + (size_t)r];
+                t->vt[x * KEY_TILE + (size_t)(i + r)] = value[x];
+            }
         }
     }
 }
@@ -641,8 +657,8 @@ static bool score_tile(const AttentionBack *a, Tile *t, const Run *run, int firs
     if ((own && position > query0 + n - 1) || (a->window > 0 && query0 - (position + n_keys - 1) >= a->window)) {
         return false;
     }
-    small_product(rows, KEY_TILE, t->q, W, t->kt, KEY_TILE, a->E, t->p, KEY_TILE, false);
-    small_product(rows, KEY_TILE, t->dout, W, t->vt, KEY_TILE, a->E, t->ds, KEY_TILE, false);
+    small_product(rows, KEY_TILE, t->q, W, 1, t->kt, KEY_TILE, a->E, t->p, KEY_TILE, false);
+    small_product(rows, KEY_TILE, t->dout, W, 1, t->vt, KEY_TILE, a->E, t->ds, KEY_TILE, false);
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)(run->row + first + r / group) * (size_t)a->H + (size_t)(g * group + r % group);
         int query = query0 + r / group, to = own && query - position + 1 < n_keys ? query - position + 1 : n_keys;
@@ -677,7 +693,7 @@ static void query_gradient(const Engine *e, const AttentionBack *a, int r, int f
             int n_keys = keys->len - j < KEY_TILE ? keys->len - j : KEY_TILE;
             read_keys(a, &t, keys, j, n_keys, g);
             if (score_tile(a, &t, run, first, n, g, keys, seg == run->seg, j, n_keys)) {
-                small_product(n * group, W, t.ds, KEY_TILE, t.k, (size_t)W, n_keys, t.sum, W, true);
+                small_product(n * group, W, t.ds, KEY_TILE, 1, t.k, (size_t)W, n_keys, t.sum, W, true);
             }
         }
     }
@@ -714,14 +730,8 @@ static void key_gradient(const Engine *e, const AttentionBack *a, int r, int j, 
             if (!score_tile(a, &t, run, first, n, g, keys, run->seg == seg, j, n_keys)) {
                 continue;
             }
-            for (int i = 0; i < rows; i++) {
-                for (int c = 0; c < n_keys; c++) {
-                    t.pt[c * BACK_ROWS + i] = t.p[i * KEY_TILE + c];
-                    t.dst[c * BACK_ROWS + i] = t.ds[i * KEY_TILE + c];
-                }
-            }
-            small_product(n_keys, W, t.dst, BACK_ROWS, t.q, (size_t)W, rows, t.sum, W, true);
-            small_product(n_keys, W, t.pt, BACK_ROWS, t.dout, (size_t)W, rows, t.sum2, W, true);
+            small_product(n_keys, W, t.ds, 1, KEY_TILE, t.q, (size_t)W, rows, t.sum, W, true);
+            small_product(n_keys, W, t.p, 1, KEY_TILE, t.dout, (size_t)W, rows, t.sum2, W, true);
         }
     }
     for (int i = 0; i < n_keys; i++) {

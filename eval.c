@@ -36,6 +36,7 @@ typedef struct {
     double *mean;     /* [D]: of the golds, for the centred cosine */
     double var_nrm, meannorm;
     char **prefix;    /* [n] */
+    char **written;   /* [n]: explanations that came with the rows, NULL where there is none */
     double *position; /* [n]: n_raw_tokens, tokens up to the activation's own; NaN when the row does not say */
     double *length;   /* [n]: tokens of each explanation */
     int failed;
@@ -43,6 +44,11 @@ typedef struct {
 } Eval;
 
 /* ------------------------------------------------------------------------------------------------ the golds */
+
+/* Row i of those evaluated, spread over the set: neighbours come from one document. */
+static int64_t row_of(const Eval *e, int i) {
+    return i * e->held.n / e->n;
+}
 
 static int read_golds(Eval *e, Err *err) {
     int64_t limit = e->s->rows > 0 && e->s->rows < e->held.n ? e->s->rows : e->held.n;
@@ -52,13 +58,14 @@ static int read_golds(Eval *e, Err *err) {
     e->n = (int)limit;
     e->gold = xmalloc((size_t)e->n * (size_t)e->D * sizeof(float));
     e->prefix = xcalloc((size_t)e->n, sizeof(char *));
+    e->written = xcalloc((size_t)e->n, sizeof(char *));
     e->position = xcalloc((size_t)e->n, sizeof(double));
     e->length = xcalloc((size_t)e->n, sizeof(double));
     e->mean = xcalloc((size_t)e->D, sizeof(double));
     Baseline base = {0};
     for (int i = 0; i < e->n; i++) {
         float *v = e->gold + (size_t)i * (size_t)e->D;
-        int64_t at = i * e->held.n / e->n; /* spread over the set: neighbours come from one document */
+        int64_t at = row_of(e, i);
         dataset_vector(&e->held, at, v);
         e->position[i] = NAN;
         baseline_add(&base, v, e->D);
@@ -72,6 +79,7 @@ static int read_golds(Eval *e, Err *err) {
                 return -1;
             }
             e->prefix[i] = json_string(&row, json_get(&row, 0, "text"), NULL);
+            e->written[i] = json_string(&row, json_get(&row, 0, "explanation"), NULL);
             (void)json_double(&row, json_get(&row, 0, "n_raw_tokens"), &e->position[i]);
             json_free(&row);
         }
@@ -184,6 +192,19 @@ static int add_nearest(Eval *e, Err *err) {
     free(row);
     free(v);
     return status;
+}
+
+/* The text of each row, where every row has one. */
+static void add_given(Eval *e, char *const *text, const char *name, const char *what) {
+    for (int i = 0; i < e->n; i++) {
+        if (!text[i]) {
+            return;
+        }
+    }
+    Condition *c = add_condition(e, name, what);
+    for (int i = 0; i < e->n; i++) {
+        c->text[i] = xstrdup(text[i]);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------ what is done to a text */
@@ -412,6 +433,40 @@ static void json_array(FILE *out, const char *key, const double *x, int n) {
     fputc(']', out);
 }
 
+enum { SAMPLES = 10 };
+
+typedef struct {
+    double mse;
+    int row;
+} Ranked;
+
+static int better_first(const void *a, const void *b) {
+    const Ranked *x = a, *y = b;
+    return x->mse != y->mse ? (x->mse > y->mse) - (x->mse < y->mse) : x->row - y->row;
+}
+
+/* Rows to read: the middle one of each tenth, ordered by score, best first. */
+static void json_samples(FILE *out, const Eval *e) {
+    const Condition *c = &e->condition[0];
+    Ranked *order = xcalloc((size_t)e->n, sizeof(Ranked));
+    int shown = e->n < SAMPLES ? e->n : SAMPLES;
+    for (int i = 0; i < e->n; i++) {
+        order[i] = (Ranked){c->mse[i], i};
+    }
+    qsort(order, (size_t)e->n, sizeof(Ranked), better_first);
+    fputs(", \"samples\": [", out);
+    for (int k = 0; k < shown; k++) {
+        int i = order[(2 * k + 1) * (int64_t)e->n / (2 * shown)].row;
+        fprintf(out, "%s{\"row\": %lld", k ? ", " : "", (long long)row_of(e, i));
+        json_text(out, "prefix", e->prefix[i]);
+        json_text(out, "explanation", c->text[i]);
+        json_number(out, "fve", 1 - c->mse[i] / e->var_nrm);
+        fputc('}', out);
+    }
+    fputc(']', out);
+    free(order);
+}
+
 /* Everything that was measured: what --json prints and what the page shows. To be freed. */
 static char *results_json(const Eval *e, size_t *len) {
     char *text = NULL, date[32];
@@ -437,6 +492,7 @@ static char *results_json(const Eval *e, size_t *len) {
         json_text(out, "position", NULL);
     }
     json_array(out, "length", e->length, e->n);
+    json_samples(out, e);
     fputs(", \"conditions\": {", out);
     for (int i = 0; i < (int)arrlen(e->condition); i++) {
         const Condition *c = &e->condition[i];
@@ -533,9 +589,11 @@ static void eval_close(Eval *e) {
     }
     for (int i = 0; i < e->n && e->prefix; i++) {
         free(e->prefix[i]);
+        free(e->written[i]);
     }
     arrfree(e->condition);
     free(e->prefix);
+    free(e->written);
     free(e->position);
     free(e->length);
     free(e->gold);
@@ -569,6 +627,7 @@ int run_eval(const Settings *s, Err *err) {
                 prefix->text[i] = copy_text(e.prefix[i]);
             }
             add_permuted(&e, (int)arrlen(e.condition) - 1, "prefix-perm", "another row's true text", 4);
+            add_given(&e, e.written, "written", "the explanation that came with the row: written from its text");
         }
         status = e.has_train ? add_nearest(&e, err) : 0;
     }

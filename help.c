@@ -164,7 +164,8 @@ const Command commands[] = {
      "FVE is 1 - mean(mse_nrm) / var_nrm over the rows, a failed explanation counted as mse_nrm 2, with a 95% bootstrap interval. The AR "
      "reads every row's explanation (explained), and in its place another row's (permuted-v, permuted-t), the same words for all "
      "(constant), the explanation shuffled by sentences, in lower-case, unquoted, thinned by a fifth of its words, the row's true prefix "
-     "and another row's (prefix, prefix-perm), and the explanation of the nearest training row (nearest, with --train).\n"
+     "and another row's (prefix, prefix-perm), the explanation that came with the row, if every row has one (written), and that of the "
+     "nearest training row (nearest, with --train).\n"
      "Prints a line each: FVE, interval, the same against the mean vector, cosine, centred cosine. --json prints one object with all of "
      "it and position, length and mse by row.",
      "nla eval --av av --ar ar --acts acts --max-tokens 150 --html eval.html",

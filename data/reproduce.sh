@@ -2,6 +2,7 @@
 # The whole of it from nothing, on one machine: a corpus, activations, explanations, warm start of AR and AV, RL, evaluation.
 #
 #     data/reproduce.sh [--small] [DIR]       DIR: where everything goes (default: reproduce, or reproduce-small)
+#     data/reproduce.sh --check [DIR]         the table of docs/results.md again: the committed pair on its held-out documents
 #     MODEL=Gemma-3-270M LAYER=12 data/reproduce.sh --small DIR
 #
 # The run files are data/smollm2-l20/{ar,av,rl}.yaml. --small takes about an hour on two cores: fewer documents, fewer steps. A stage
@@ -9,18 +10,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-small=0 dir=""
+how="" dir=""
 for argument; do
     case $argument in
-    --small) small=1 ;;
-    -*) echo "reproduce.sh: no option '$argument'; usage: data/reproduce.sh [--small] [DIR]" >&2; exit 2 ;;
+    --small | --check) how=$argument ;;
+    -*) echo "reproduce.sh: no option '$argument'; usage: data/reproduce.sh [--small | --check] [DIR]" >&2; exit 2 ;;
     *)
         if [ -n "$dir" ]; then echo "reproduce.sh: one DIR, not '$dir' and '$argument'" >&2; exit 2; fi
         dir=$argument
         ;;
     esac
 done
-if [ $small = 1 ]; then dir=${dir:-reproduce-small}; else dir=${dir:-reproduce}; fi
+dir=${dir:-reproduce${how/--/-}}
 NLA=${NLA:-./nla}
 MODEL=${MODEL:-SmolLM2-135M-Instruct}
 model=models/$MODEL
@@ -32,10 +33,10 @@ bf16="" # products of rounded inputs take about half the time, where the process
 if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
-if [ $small = 1 ]; then
+if [ "$how" = --small ]; then
     documents=1200 steps_ar=240 steps_av=160 steps_rl=12 eval_rows=80
 else
-    documents=30000 steps_ar="" steps_av="" steps_rl="" eval_rows=300
+    documents=7200 steps_ar="" steps_av="" steps_rl="" eval_rows=300
 fi
 
 say() { printf 'reproduce.sh: %s\n' "$*"; }
@@ -61,21 +62,24 @@ to_file() { # to_file FILE COMMAND...: its output, under FILE's name only when i
     mv "$file.tmp" "$file"
 }
 
-extract() {
-    local resume=""
-    if [ -e "$dir/base.partial" ]; then resume=--resume; fi
-    # shellcheck disable=SC2086 # an option or none
-    "$NLA" data extract --model "$model" ${layer:+--layer $layer} --in "$dir/corpus/corpus.jsonl" --documents $documents \
-        --max-length 192 --out "$dir/base" $resume
+extract() { # extract CORPUS OUT [OPTION...]
+    local corpus=$1 out=$2 resume=""
+    shift 2
+    if [ -e "$out.partial" ]; then resume=--resume; fi
+    # shellcheck disable=SC2086 # options or none
+    "$NLA" data extract $bf16 --model "$model" ${layer:+--layer $layer} --in "$corpus" --max-length 192 --out "$out" $resume "$@"
 }
-explain() { # explain PART STAGE: by a language model where there is one's text, by rules elsewhere
-    local part=$dir/parts/$1 list=$dir/$1.rules.jsonl
-    "$NLA" data explain --acts "$part" --by rules --words 70 --out "$dir/$1.rules.jsonl"
+# explain ACTS STAGE OUT [DIGITS]: by a language model where there is one's text, elsewhere by rules: rows whose id begins with one of
+# DIGITS. Half of the rows do for training, so that the language model's texts, one of ten rows, weigh twice.
+explain() {
+    local acts=$1 list=$3.rules.jsonl
+    "$NLA" data explain --acts "$acts" --by rules --words 45 --out "$3.all.jsonl"
+    grep "^{\"row_id\": \"[${4:-0-9a-f}]" "$3.all.jsonl" >"$3.rules.jsonl"
     if [ -n "$written" ]; then
-        "$NLA" data explain --acts "$part" --by file --in $written --out "$dir/$1.written.jsonl"
-        list=$dir/$1.written.jsonl,$list
+        "$NLA" data explain --acts "$acts" --by file --in $written --out "$3.written.jsonl"
+        list=$3.written.jsonl,$list
     fi
-    "$NLA" data build --acts "$part" --stage "$2" --explanations "$list" --out "$dir/rows/$1"
+    "$NLA" data build --acts "$acts" --stage "$2" --explanations "$list" --out "$3"
 }
 train() { # train STAGE STEPS key=value...
     local stage=$1 steps=$2
@@ -83,19 +87,35 @@ train() { # train STAGE STEPS key=value...
     # shellcheck disable=SC2046,SC2086 # options or none
     "$NLA" train "$stage" $bf16 --config "$recipe/$stage.yaml" "out=$dir/$stage" "steps=$steps" "eval=$dir/rows/held" "$@" $(resumed "$dir/$stage")
 }
-evaluate() { # evaluate NAME AV AR
-    to_file "$dir/$1.txt" "$NLA" eval --av "$2" --ar "$3" --acts "$dir/rows/held" --rows $eval_rows --train "$dir/rows/ar_sft" \
-        --max-tokens 150 --html "$dir/$1.html"
+evaluate() { # evaluate NAME AV AR ROWS [OPTION...]
+    local name=$1 av=$2 ar=$3 rows=$4
+    shift 4
+    # shellcheck disable=SC2086 # an option or none
+    to_file "$dir/$name.txt" "$NLA" eval $bf16 --av "$av" --ar "$ar" --acts "$rows" --rows $eval_rows --max-tokens 150 --html "$dir/$name.html" "$@"
+}
+check() { # the committed pair on the documents that were held out of its training, captured anew
+    if ! (cd "$dir/corpus" && sha256sum --quiet -c -) <"$recipe/corpus.sha256"; then
+        say "this corpus is not the one the pair was trained with (Debian's packages have moved on); figures will differ a little"
+    fi
+    grep -F -f "$recipe/held.txt" "$dir/corpus/corpus.jsonl" >"$dir/held.jsonl"
+    stage "held-out activations" "$dir/held/nla_meta.yaml" extract "$dir/held.jsonl" "$dir/held"
+    stage "explanations of held-out rows" "$dir/rows/held/nla_meta.yaml" explain "$dir/held" ar_sft "$dir/rows/held"
+    stage "evaluation of the committed pair" "$dir/check.txt" evaluate check "$recipe/av" "$recipe/ar" "$dir/rows/held"
+    cat "$dir/check.txt"
 }
 
 mkdir -p "$dir/rows" "$dir/start" "$dir/pair"
 stage "model" "$model/model.safetensors" python3 data/get_model.py "$MODEL" "$model"
 stage "corpus" "$dir/corpus/corpus.jsonl" data/corpus.sh "$dir/corpus"
-stage "activations" "$dir/base/nla_meta.yaml" extract
+if [ "$how" = --check ]; then
+    check
+    exit
+fi
+stage "activations" "$dir/base/nla_meta.yaml" extract "$dir/corpus/corpus.jsonl" "$dir/base" --documents $documents
 stage "split" "$dir/parts/held/nla_meta.yaml" "$NLA" data split --acts "$dir/base" --out "$dir/parts"
-stage "explanations for the AR" "$dir/rows/ar_sft/nla_meta.yaml" explain ar_sft ar_sft
-stage "explanations for the AV" "$dir/rows/av_sft/nla_meta.yaml" explain av_sft av_sft
-stage "explanations of held-out rows" "$dir/rows/held/nla_meta.yaml" explain held ar_sft
+stage "explanations for the AR" "$dir/rows/ar_sft/nla_meta.yaml" explain "$dir/parts/ar_sft" ar_sft "$dir/rows/ar_sft" 0-7
+stage "explanations for the AV" "$dir/rows/av_sft/nla_meta.yaml" explain "$dir/parts/av_sft" av_sft "$dir/rows/av_sft" 0-7
+stage "explanations of held-out rows" "$dir/rows/held/nla_meta.yaml" explain "$dir/parts/held" ar_sft "$dir/rows/held"
 stage "untrained AV and AR" "$dir/start/ar/nla_meta.yaml" \
     "$NLA" init --model "$model" ${layer:+--layer "$layer"} --acts "$dir/base" --av "$dir/start/av" --ar "$dir/start/ar"
 
@@ -103,9 +123,9 @@ ar=$(steps_of ar "$steps_ar") av=$(steps_of av "$steps_av") rl=$(steps_of rl "$s
 stage "AR, warm start" "$dir/ar/checkpoint-$ar/ar" train ar "$ar" "ar=$dir/start/ar" "data=$dir/rows/ar_sft"
 warm_ar=$dir/ar/checkpoint-$ar/ar warm_av=$dir/av/checkpoint-$av/av end=$dir/rl/checkpoint-$rl
 stage "AV, warm start" "$warm_av" train av "$av" "av=$dir/start/av" "ar=$warm_ar" "data=$dir/rows/av_sft"
-stage "evaluation of the warm start" "$dir/eval-warm.txt" evaluate eval-warm "$warm_av" "$warm_ar"
+stage "evaluation of the warm start" "$dir/eval-warm.txt" evaluate eval-warm "$warm_av" "$warm_ar" "$dir/rows/held" --train "$dir/rows/ar_sft"
 stage "RL" "$end/av" train rl "$rl" "av=$warm_av" "ar=$warm_ar" "data=$dir/parts/rl"
-stage "evaluation after RL" "$dir/eval-rl.txt" evaluate eval-rl "$end/av" "$end/ar"
+stage "evaluation after RL" "$dir/eval-rl.txt" evaluate eval-rl "$end/av" "$end/ar" "$dir/rows/held" --train "$dir/rows/ar_sft"
 for run in ar av rl; do stage "curves of $run" "$dir/$run/report.html" "$NLA" report "$dir/$run"; done
 for side in av ar; do
     stage "the pair, $side" "$dir/pair/$side/nla_meta.yaml" \

@@ -372,7 +372,7 @@ def evaluation(b, url):
     b.screen(1280, 900)
     b.open(url)
     equal("the evaluation has its charts, series and points", b.js(CHARTS), {
-        "FVE of every condition": [[0, 1, 1, 0], [0, 10, 10, 0]],
+        "FVE of every condition": [[0, 1, 1, 0], [0, 11, 11, 0]],
         "Share of rows at or below an FVE": [[201, 0, 0, 0]] * 4,
         "FVE against token position": [[10, 10, 10, 0]] * 2,
         "FVE against explanation length": [[10, 10, 10, 0]] * 2})
@@ -389,7 +389,7 @@ def evaluation(b, url):
     b.keys(END)
     check("end: the last", "nearest 0.310" in readout(b, dots), readout(b, dots))
     b.keys(RIGHT)
-    equal("right at the last stays", b.js("return document.querySelector('.plot').getAttribute('aria-valuenow')"), "10")
+    equal("right at the last stays", b.js("return document.querySelector('.plot').getAttribute('aria-valuenow')"), "11")
     check("the value is said in words", b.js("return document.querySelector('.plot').getAttribute('aria-valuetext')").startswith(
         "nearest; 0.310 (0.288 to 0.330)"))
     b.keys(HOME)
@@ -405,7 +405,9 @@ def evaluation(b, url):
     check("the pointer reads too", "position 738 to 945, 38 rows" in readout(b, position), readout(b, position))
     b.hover("h1", 0, .5)
     equal("without it the first place is read again", readout(b, position), before)
-    equal("the table has every condition", b.js("return document.querySelectorAll('#table tbody tr').length"), 11)
+    equal("the table has every condition", b.js("return document.querySelectorAll('#table tbody tr').length"), 12)
+    equal("ten explanations, the one that failed said to have", b.js("return ['.sample .words', '.sample .prefix', '.sample .warning'].map(s => "
+          "document.querySelectorAll(s).length).join()"), "9,10,1")
     equal("and heads its columns", b.js("return [...document.querySelectorAll('#table thead th[scope=col]')].map(e => "
           "e.textContent).join()"), "Condition,FVE,low,high,of mean,mse_nrm,cosine,centred,The AR reads")
     equal("series are told apart by dashes too", b.js("return new Set([...document.querySelectorAll('figure')[1].querySelectorAll("
@@ -413,6 +415,7 @@ def evaluation(b, url):
     b.open(url.replace("eval", "eval_bare"))
     check("two rows, no positions: the charts that can be drawn", "FVE against token position" not in b.js(CHARTS) and
           b.js(CHARTS)["FVE against explanation length"] == [[1, 1, 1, 0]] * 2, b.js(CHARTS))
+    check("no explanations, no list of them", b.js("return $('samples').hidden"))
     equal("bare, every chart can be read", reads_charts(b), 0)
 
 

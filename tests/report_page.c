@@ -146,6 +146,7 @@ static void write_eval(FILE *out, const char *kind) {
                      {"thinned", "with 20% of its words dropped", 0.41},
                      {"prefix", "the true text before the token, not the explanation", 0.68},
                      {"prefix-perm", "another row's true text", -0.11},
+                     {"written", "the explanation that came with the row: written from its text", 0.58},
                      {"nearest", "the training explanation whose activation is most similar", 0.31}};
     bool hostile = !strcmp(kind, "eval_hostile"), bare = !strcmp(kind, "eval_bare");
     int n = bare ? 2 : 400, n_conditions = bare ? 2 : (int)(sizeof condition / sizeof *condition);
@@ -160,6 +161,14 @@ static void write_eval(FILE *out, const char *kind) {
     for (int i = 0; i < n && !bare; i++) fprintf(out, i ? ",%d" : "%d", (int)(50 + 900 * pow(noise(i, 1), 3)));
     fputs(bare ? ", \"length\": [" : "], \"length\": [", out);
     for (int i = 0; i < n; i++) fprintf(out, i ? ",%d" : "%d", (int)(70 + 50 * noise(i, 2)));
+    fputs("], \"samples\": [", out);
+    for (int k = 0; k < 10 && !bare; k++) {
+        fprintf(out, "%s{\"row\": %d", k ? ", " : "", 37 * k + 4);
+        json_text(out, "prefix", hostile ? evil[k % 8] : "The keeper of the lighthouse climbed the stairs and lit the");
+        json_text(out, "explanation", k == 9 ? NULL : hostile ? evil[(k + 3) % 8] : "A story of the sea.\n\nThe last token is \"the\", so a noun is due.");
+        json_number(out, "fve", 0.9 - 0.12 * k);
+        fputc('}', out);
+    }
     fputs("], \"conditions\": {", out);
     for (int c = 0; c < n_conditions; c++) {
         fputs(c ? ", " : "", out);
