@@ -34,7 +34,7 @@ if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
 if [ "$how" = --small ]; then
-    documents=1200 steps_ar=240 steps_av=160 steps_rl=12 eval_rows=80
+    documents=1800 steps_ar=160 steps_av=480 steps_rl=24 eval_rows=100
 else
     documents=7200 steps_ar="" steps_av="" steps_rl="" eval_rows=300
 fi
@@ -91,7 +91,7 @@ evaluate() { # evaluate NAME AV AR ROWS [OPTION...]
     local name=$1 av=$2 ar=$3 rows=$4
     shift 4
     # shellcheck disable=SC2086 # an option or none
-    to_file "$dir/$name.txt" "$NLA" eval $bf16 --av "$av" --ar "$ar" --acts "$rows" --rows $eval_rows --max-tokens 150 --html "$dir/$name.html" "$@"
+    to_file "$dir/$name.txt" "$NLA" eval $bf16 --av "$av" --ar "$ar" --acts "$rows" --rows $eval_rows --html "$dir/$name.html" "$@"
 }
 check() { # the committed pair on the documents that were held out of its training, captured anew
     if ! (cd "$dir/corpus" && sha256sum --quiet -c -) <"$recipe/corpus.sha256"; then
