@@ -183,6 +183,7 @@ template <typename T> static void fill_table(Engine *e) {
     e->rope_qkv_backward = cuda_rope_qkv_backward<T>;
     e->attention_backward = cuda_attention_backward<T>;
     e->gated_backward = cuda_gated_backward<T>;
+    e->mse_nrm = cuda_mse_nrm<T>;
 }
 
 static void cuda_close(Engine *e) {

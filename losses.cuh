@@ -59,3 +59,40 @@ static void cuda_token_logprob_backward(Engine *e, Act *logits, const float *log
     LAUNCH(c, token_logprob_backward_kernel, dim3(blocks_of((size_t)V, 1024), (unsigned)n), 256, 0, (float *)logits,
            stage(c, logp, (size_t)n), stage(c, dlogp, (size_t)n), targets, at_target, V);
 }
+
+/* mse of each row of predictions x, and dx = weight * its gradient (NULL: not wanted). Sums are fp64, as on the CPU: what tells a good
+ * prediction from a better one is what its cosine lacks to 1. Grid: a block a row, twice over it, the second time from the cache.
+ * Bound: memory, 2 sizeof(T) + 4 bytes a number. */
+template <typename T>
+__global__ void mse_nrm_kernel(double *mse, T *dx, const T *x, const float *gold, int D, double scale, double weight) {
+    size_t at = (size_t)blockIdx.x * (size_t)D;
+    double squares = 0, gold_squares = 0, dot = 0;
+    for (int i = (int)threadIdx.x; i < D; i += (int)blockDim.x) {
+        double a = (double)widen(x[at + (size_t)i]), b = (double)gold[at + (size_t)i];
+        squares += a * a;
+        gold_squares += b * b;
+        dot += a * b;
+    }
+    squares = block_sum(squares);
+    gold_squares = block_sum(gold_squares);
+    dot = block_sum(dot);
+    double both = sqrt(squares) * sqrt(gold_squares), cos = both > 0 ? dot / both : 0, factor = 2 * scale * scale / (double)D;
+    if (threadIdx.x == 0) {
+        mse[blockIdx.x] = factor * (1 - cos);
+    }
+    double along = both > 0 ? -factor * weight / both : 0, against = both > 0 ? factor * weight * cos / squares : 0;
+    for (int i = (int)threadIdx.x; dx && i < D; i += (int)blockDim.x) {
+        dx[at + (size_t)i] = narrow<T>((float)(along * (double)gold[at + (size_t)i] + against * (double)widen(x[at + (size_t)i])));
+    }
+}
+
+template <typename T>
+static void cuda_mse_nrm(Engine *e, double *mse, Act *dx, const Act *x, const Act *gold, int n, int D, double scale, double weight) {
+    RANGE();
+    Cuda *c = cuda_of(e);
+    double *result = (double *)work(c, WORK_RESULT, (size_t)n * sizeof(double));
+    if (n) {
+        LAUNCH(c, mse_nrm_kernel<T>, (unsigned)n, row_threads(D), 0, result, (T *)dx, (const T *)x, (const float *)gold, D, scale, weight);
+        copy_out(c, mse, result, (size_t)n * sizeof(double));
+    }
+}

@@ -352,7 +352,7 @@ tiny_shape=tests/golden/pair_gemma3/av
 "$NLA" bench --ops --device cpu --json --shape ./$tiny_shape --rows 160 --batch 5 --repeat 1 >"$work/ops" 2>"$work/err" || bad "bench --ops: $(cat "$work/err")"
 for op in embed rmsnorm "linear q, k, v" rope_qkv attention gated add add_rmsnorm gather "linear lm_head" sample token_logprob token_logprob_backward \
     "linear_backward down" "weight_backward down" gated_backward rmsnorm_backward attention_backward rope_qkv_backward embed_backward scatter zero \
-    "lora_up o" "lora_up_backward o" sum_squares "adamw, moments f32" "adamw, moments bf16"; do
+    "lora_up o" "lora_up_backward o" mse_nrm sum_squares "adamw, moments f32" "adamw, moments bf16"; do
     if grep -F "\"op\": \"$op\"" "$work/ops" | grep -q '"median_s": [0-9.e-]*, .*"share": [0-9.e-]*, "floor_s": [0-9.e-]*}'; then ok; else bad "bench --ops lacks $op"; fi
 done
 prints "rmsnorm_backward" "$NLA" bench --ops --device cpu --shape ./$tiny_shape --rows 160 --repeat 1 rmsnorm

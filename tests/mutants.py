@@ -63,6 +63,9 @@ MUTANTS = [
     ("off by one: a row's scale", "kernels/weights_of_one_byte", "narrow<T>(sum * scale[o]", "narrow<T>(sum * scale[o > 0 ? o - (MUTANT == %d) : o]"),
     ("sums of a chunk that begin with what was there", "kernels/weights_of_one_byte", "ld, ld, lds}, k > from);", "ld, ld, lds}, k > from || MUTANT == %d);"),
     ("the norm of a sum that was never written", "kernels/rmsnorm", "        store<W>(sum + at + i, a);", "        if (MUTANT != %d || i > 0) { store<W>(sum + at + i, a); }"),
+    ("the gradient of a vector that is zero", "kernels/scores", "against = both > 0 ?", "against = both > 0 || MUTANT == %d ?"),
+    ("a good prediction's error in fp32", "kernels/scores", "double both = sqrt(squares) * sqrt(gold_squares), cos = both > 0 ? dot / both : 0",
+     "double both = sqrt(squares) * sqrt(gold_squares), cos = both > 0 ? MUTANT == %d ? (double)(float)(dot / both) : dot / both : 0"),
     ("bf16 weights rounded down", "kernels/adamw", "*w = round_stochastically(x, element_random(~key, i));",
      "*w = round_stochastically(x, MUTANT == %d ? 0 : element_random(~key, i));"),
 ]

@@ -108,6 +108,7 @@ Test(kernels, attention) { check("attention"); }
 Test(kernels, attention_wide_heads) { check("wide attention"); }
 Test(kernels, attention_of_single_tokens) { check("decoding"); }
 Test(kernels, losses) { check("losses"); }
+Test(kernels, scores) { check("scores"); }
 Test(kernels, sample) { check("sample"); }
 Test(kernels, adamw) { check("adamw"); }
 
