@@ -1,10 +1,11 @@
-/* gemm.cuh - the CUDA engine's large matrix products, by cuBLASLt; in the shim by a plain loop. A part of kernels.cu, which includes it
- * behind memory.cuh.
+/* gemm.cuh - the CUDA engine's large matrix products, with a bias or without, by cuBLASLt; in the shim by a plain loop. A part of
+ * kernels.cu, which includes it behind weights.cuh.
  */
 
 /* ------------------------------------------------------------------------------------------------ matrix products
- * C [M,N] = alpha op(A) op(B) + beta C, everything row-major: A is [M,K], or stored [K,M] when `ta`; B is [K,N], or stored [N,K]
- * when `tb`. A and B hold T, C float or T; sums are fp32. On the GPU cuBLASLt does it, in the shim a plain loop. */
+ * C [M,N] = alpha op(A) op(B) + beta C + bias, everything row-major: A is [M,K], or stored [K,M] when `ta`; B is [K,N], or stored
+ * [N,K] when `tb`; bias [N] is added to every row. A and B hold T, C and bias float or T; sums are fp32, and so is the bias added, before
+ * C is rounded. On the GPU cuBLASLt does it, in the shim a plain loop. */
 
 namespace {
 struct Gemm {
@@ -14,8 +15,9 @@ struct Gemm {
     size_t lda, ldb; /* row strides of what is stored */
     void *c;
     size_t ldc;
-    DType in, out; /* of A and B; of C */
+    DType in, out; /* of A and B; of C and the bias */
     float alpha, beta;
+    const void *bias; /* NULL: none */
 };
 } // namespace
 
@@ -43,7 +45,7 @@ static void gemm_loops(const Gemm &g) {
                 sum += x[k] * y[k];
             }
             size_t at = m * g.ldc + n;
-            sum = g.alpha * sum + (g.beta != 0 ? g.beta * shim_number(g.c, g.out, at) : 0);
+            sum = g.alpha * sum + (g.beta != 0 ? g.beta * shim_number(g.c, g.out, at) : 0) + (g.bias ? shim_number(g.bias, g.out, n) : 0);
             if (g.out == DT_F32) {
                 ((float *)g.c)[at] = sum;
             } else {
@@ -59,6 +61,9 @@ static void gemm(Cuda *c, const Gemm &g) {
     }
 }
 
+/* As if the library had no way for odd widths, so that what is done then runs in the tests too. */
+static bool gemm_takes_bias(Cuda *c, const Gemm &g) { return (void)c, g.N % 2 == 0; }
+
 static bool gemm_open(Cuda *c, Err *err) { return (void)c, (void)err, true; }
 static void gemm_close(Cuda *c) { (void)c; }
 
@@ -73,12 +78,13 @@ static void gemm_close(Cuda *c) { (void)c; }
 namespace {
 struct PlanKey {
     int M, N, K, kind;
-    uint32_t align_a, align_b, align_c, unused;
+    uint32_t align_a, align_b, align_c, align_bias;
     size_t lda, ldb, ldc;
     bool operator<(const PlanKey &o) const { return memcmp(this, &o, sizeof o) < 0; }
 };
 
 struct ProductPlan {
+    bool found; /* false: the library has no way */
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
@@ -121,10 +127,15 @@ static void gemm_close(Cuda *c) {
         return;
     }
     for (auto &entry : p->plan) {
-        p->MatmulDescDestroy(entry.second.product);
-        p->MatrixLayoutDestroy(entry.second.a);
-        p->MatrixLayoutDestroy(entry.second.b);
-        p->MatrixLayoutDestroy(entry.second.c);
+        const cublasLtMatrixLayout_t layout[] = {entry.second.a, entry.second.b, entry.second.c};
+        for (cublasLtMatrixLayout_t x : layout) {
+            if (x) {
+                p->MatrixLayoutDestroy(x);
+            }
+        }
+        if (entry.second.product) {
+            p->MatmulDescDestroy(entry.second.product);
+        }
     }
     p->Destroy(p->handle);
     dlclose(p->library);
@@ -142,20 +153,23 @@ static uint32_t alignment_of(const void *p) {
     return bytes;
 }
 
-/* The library is column-major: what we store as rows it reads as columns, so it is asked for C^T = op(B)^T op(A)^T. fp32 inputs
- * are multiplied as fp32, never as TF32. */
+/* The library is column-major: what we store as rows it reads as columns, so it is asked for C^T = op(B)^T op(A)^T, and our N is its
+ * rows, along which its epilogue adds a bias of C's format. fp32 inputs are multiplied as fp32, never as TF32. */
 static bool make_plan(Plans *p, const Gemm &g, ProductPlan *plan) {
     size_t room = GEMM_WORKSPACE;
     uint32_t align_left = alignment_of(g.b), align_right = alignment_of(g.a), align_c = alignment_of(g.c);
     int found = 0;
     cublasLtMatmulHeuristicResult_t best = {};
     cublasLtMatmulPreference_t wish = NULL;
+    cublasLtEpilogue_t epilogue = g.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     cublasOperation_t left = g.tb ? CUBLAS_OP_T : CUBLAS_OP_N, right = g.ta ? CUBLAS_OP_T : CUBLAS_OP_N;
     uint64_t M = (uint64_t)g.M, N = (uint64_t)g.N, K = (uint64_t)g.K;
     bool done =
         p->MatmulDescCreate(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
         p->MatmulDescSetAttribute(plan->product, CUBLASLT_MATMUL_DESC_TRANSA, &left, sizeof left) == CUBLAS_STATUS_SUCCESS &&
         p->MatmulDescSetAttribute(plan->product, CUBLASLT_MATMUL_DESC_TRANSB, &right, sizeof right) == CUBLAS_STATUS_SUCCESS &&
+        p->MatmulDescSetAttribute(plan->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) == CUBLAS_STATUS_SUCCESS &&
+        (!g.bias || p->MatmulDescSetAttribute(plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g.bias, sizeof g.bias) == CUBLAS_STATUS_SUCCESS) &&
         p->MatrixLayoutCreate(&plan->a, lt_type(g.in), g.tb ? K : N, g.tb ? N : K, (int64_t)g.ldb) == CUBLAS_STATUS_SUCCESS &&
         p->MatrixLayoutCreate(&plan->b, lt_type(g.in), g.ta ? M : K, g.ta ? K : M, (int64_t)g.lda) == CUBLAS_STATUS_SUCCESS &&
         p->MatrixLayoutCreate(&plan->c, lt_type(g.out), N, M, (int64_t)g.ldc) == CUBLAS_STATUS_SUCCESS &&
@@ -174,34 +188,46 @@ static bool make_plan(Plans *p, const Gemm &g, ProductPlan *plan) {
     return done;
 }
 
-static void gemm(Cuda *c, const Gemm &g) {
-    Plans *p = (Plans *)c->plans;
-    if (c->failed[0] || g.M == 0 || g.N == 0) {
-        return;
-    }
+/* The plan of products of this shape, made at the first. The address of the bias is not part of it, only its alignment. */
+static const ProductPlan &plan_of(Plans *p, const Gemm &g) {
     PlanKey key;
     memset(&key, 0, sizeof key);
     key.M = g.M;
     key.N = g.N;
     key.K = g.K;
-    key.kind = g.ta + 2 * g.tb + 4 * (g.in == DT_F32) + 8 * (g.out == DT_F32);
+    key.kind = g.ta + 2 * g.tb + 4 * (g.in == DT_F32) + 8 * (g.out == DT_F32) + 16 * (g.bias != NULL);
     key.align_a = alignment_of(g.a);
     key.align_b = alignment_of(g.b);
     key.align_c = alignment_of(g.c);
+    key.align_bias = g.bias ? alignment_of(g.bias) : 0;
     key.lda = g.lda;
     key.ldb = g.ldb;
     key.ldc = g.ldc;
     auto it = p->plan.find(key);
     if (it == p->plan.end()) {
         ProductPlan plan = {};
-        if (!make_plan(p, g, &plan)) {
-            set_failed(c, "cuBLASLt has no way to multiply [%d,%d] by [%d,%d]", g.M, g.K, g.K, g.N);
-            return;
-        }
+        plan.found = make_plan(p, g, &plan);
         it = p->plan.insert({key, plan}).first;
     }
+    return it->second;
+}
+
+static bool gemm_takes_bias(Cuda *c, const Gemm &g) { return g.M == 0 || g.N == 0 || plan_of((Plans *)c->plans, g).found; }
+
+static void gemm(Cuda *c, const Gemm &g) {
+    Plans *p = (Plans *)c->plans;
+    if (c->failed[0] || g.M == 0 || g.N == 0) {
+        return;
+    }
+    const ProductPlan &plan = plan_of(p, g);
+    if (!plan.found) {
+        set_failed(c, "cuBLASLt has no way to multiply [%d,%d] by [%d,%d]", g.M, g.K, g.K, g.N);
+        return;
+    }
+    if (g.bias) { /* plans of one shape are used for many biases */
+        p->MatmulDescSetAttribute(plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g.bias, sizeof g.bias);
+    }
     void *space = work(c, WORK_GEMM, GEMM_WORKSPACE);
-    const ProductPlan &plan = it->second;
     cublasStatus_t status = space ? p->Matmul(p->handle, plan.product, &g.alpha, g.b, plan.a, g.a, plan.b, &g.beta, g.c, plan.c, g.c,
                                               plan.c, &plan.algo, space, GEMM_WORKSPACE, c->stream)
                                   : CUBLAS_STATUS_ALLOC_FAILED;
@@ -211,3 +237,27 @@ static void gemm(Cuda *c, const Gemm &g) {
 }
 
 #endif
+
+/* y[n,o] += b[o], rows ld apart. Grid: a block a row. Bound: memory, 2 sizeof(Y) bytes a number. */
+template <typename Y, typename T> __global__ void add_bias_kernel(Y *y, const T *b, int O, size_t ld) {
+    Y *row = y + (size_t)blockIdx.x * ld;
+    for (int o = (int)threadIdx.x; o < O; o += (int)blockDim.x) {
+        row[o] = narrow<Y>(widen(row[o]) + widen(b[o]));
+    }
+}
+
+/* gemm with a bias of T's (NULL: none): as the library writes C where it can, else by a kernel behind it. It cannot where C is fp32 and T is
+ * bf16, as it takes a bias of C's format alone (such products are logits, to which no family adds any), or where it has no such product. */
+template <typename T> static void gemm_and_bias(Cuda *c, Gemm g, const T *b) {
+    g.bias = g.out == DTYPE<T> ? b : NULL;
+    if (g.bias && !gemm_takes_bias(c, g)) {
+        g.bias = NULL;
+    }
+    gemm(c, g);
+    bool behind = b && !g.bias;
+    if (behind && g.out == DT_F32) {
+        LAUNCH(c, (add_bias_kernel<float, T>), (unsigned)g.M, row_threads(g.N), 0, (float *)g.c, b, g.N, g.ldc);
+    } else if (behind) {
+        LAUNCH(c, (add_bias_kernel<T, T>), (unsigned)g.M, row_threads(g.N), 0, (T *)g.c, b, g.N, g.ldc);
+    }
+}

@@ -1,7 +1,7 @@
 /* kernels.cu - every op of the table in CUDA: the GPU's engine, same names and contracts as cpu.c and cpu_backward.c.
  *
  * Activations are T: float (for diffing) or bf16 (storage only: every sum, softmax, norm and loss is fp32). Weights are kept on
- * the GPU as working copies in T, made where a weight is first used; norms' weights and biases as fp32.
+ * the GPU as working copies in T, made where a weight is first used; norms' weights as fp32.
  *
  * What must stay true: every sum has one fixed order. There are no atomics: work is divided by outputs, and long sums go through
  * chunks whose borders depend on sizes alone. Same seed, same GPU, same library: same bits.

@@ -2,36 +2,23 @@
  * includes it behind weights.cuh, gemm.cuh and quantised.cuh.
  */
 
-/* y[n,o] += b[o]. Grid: a block a row. Bound: memory, 2 sizeof(T) bytes a number. */
-template <typename T> __global__ void add_bias_kernel(T *y, const float *b, int O) {
-    T *row = y + (size_t)blockIdx.x * (size_t)O;
-    for (int o = (int)threadIdx.x; o < O; o += (int)blockDim.x) {
-        row[o] = narrow<T>(widen(row[o]) + b[o]);
-    }
-}
-
 template <typename T> static void cuda_linear(Engine *e, Act *out, const Act *x, const Linear *w, int N) {
     RANGE();
     Cuda *c = cuda_of(e);
-    const float *b = biases_of(c, w);
+    const T *b = biases_of<T>(c, w);
     size_t I = (size_t)w->in, O = (size_t)w->out;
     DType to = dtype_of(c, out, DTYPE<T>);
     if (w->format == WEIGHTS_AS_STORED) {
         const T *W = matrices_of<T>(c, w), *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
-        gemm(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0});
+        gemm_and_bias<T>(c, Gemm{N, w->out, w->in, false, true, in, W, I, I, out, O, DTYPE<T>, to, 1, 0, NULL}, b);
     } else {
         Quantised q = quantised_copy<T>(c, w);
         const T *in = as_act<T>(c, WORK_A, x, (size_t)N * I);
         if (N <= FEW_ROWS) {
             few_rows<T>(c, out, to, in, q, b, w, N);
-            return;
+        } else {
+            many_rows<T>(c, out, to, in, q, b, w, N);
         }
-        many_rows<T>(c, out, to, in, q, w, N);
-    }
-    if (b && to == DT_F32) {
-        LAUNCH(c, add_bias_kernel<float>, (unsigned)N, row_threads(w->out), 0, (float *)out, b, w->out);
-    } else if (b) {
-        LAUNCH(c, add_bias_kernel<T>, (unsigned)N, row_threads(w->out), 0, (T *)out, b, w->out);
     }
 }
 
@@ -40,7 +27,7 @@ template <typename T> static void cuda_linear_backward(Engine *e, Act *dx, const
     Cuda *c = cuda_of(e);
     size_t I = (size_t)w->in, O = (size_t)w->out;
     const T *W = matrices_of<T>(c, w), *d = as_act<T>(c, WORK_A, dy, (size_t)N * O);
-    gemm(c, Gemm{N, w->in, w->out, false, false, d, W, O, I, dx, I, DTYPE<T>, dtype_of(c, dx, DTYPE<T>), 1, add ? 1.0f : 0.0f});
+    gemm(c, Gemm{N, w->in, w->out, false, false, d, W, O, I, dx, I, DTYPE<T>, dtype_of(c, dx, DTYPE<T>), 1, add ? 1.0f : 0.0f, NULL});
 }
 
 /* ---- sums over rows: term(row, column) summed over all rows and added to sum[column], in chunks of rows, chunk after chunk */
@@ -99,9 +86,9 @@ template <typename T> static void cuda_linear_weight_backward(Engine *e, const L
             in = as_act<T>(c, WORK_B, x, (size_t)N * I);
         }
         if (dw->w[m].data) {
-            gemm(c, Gemm{O, dw->in, N, true, false, d + column, in, width, I, (void *)dw->w[m].data, I, DTYPE<T>, DT_F32, 1, 1});
+            gemm(c, Gemm{O, dw->in, N, true, false, d + column, in, width, I, (void *)dw->w[m].data, I, DTYPE<T>, DT_F32, 1, 1, NULL});
         }
-        if (dw->b[m].data) {
+        if (dw->b[m].data) { /* the library's epilogue BGRADB would overwrite what it is to be added to */
             sum_columns(c, (float *)dw->b[m].data, BiasTerm<T>{d + column, width}, N, O);
         }
         column += (size_t)O;
@@ -118,7 +105,7 @@ template <typename T> static void cuda_lora_up(Engine *e, Act *y, const Act *t, 
         if (l->up[m].data) {
             const T *up = matrix_of<T>(c, &l->up[m], (size_t)O * R);
             gemm(c, Gemm{N, O, l->rank, false, true, (const T *)t + low, up, (size_t)l->down.out, R, (T *)y + column, (size_t)w->out,
-                         DTYPE<T>, DTYPE<T>, l->scale, 1});
+                         DTYPE<T>, DTYPE<T>, l->scale, 1, NULL});
             low += R;
         }
         column += (size_t)O;
@@ -135,9 +122,9 @@ static void cuda_lora_up_backward(Engine *e, Act *dt, const Lora *dlora, const A
         int O = (int)w->w[m].shape[0];
         if (l->up[m].data) {
             const T *up = matrix_of<T>(c, &l->up[m], (size_t)O * R), *slice = (const T *)dy + column;
-            gemm(c, Gemm{N, l->rank, O, false, false, slice, up, (size_t)w->out, R, (T *)dt + low, width, DTYPE<T>, DTYPE<T>, l->scale, 0});
+            gemm(c, Gemm{N, l->rank, O, false, false, slice, up, (size_t)w->out, R, (T *)dt + low, width, DTYPE<T>, DTYPE<T>, l->scale, 0, NULL});
             gemm(c, Gemm{O, l->rank, N, true, false, slice, (const T *)t + low, (size_t)w->out, width, (void *)dlora->up[m].data, R,
-                         DTYPE<T>, DT_F32, l->scale, 1});
+                         DTYPE<T>, DT_F32, l->scale, 1, NULL});
             low += R;
         }
         column += (size_t)O;

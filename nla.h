@@ -369,7 +369,7 @@ struct Engine {
     size_t (*available)(Engine *e);                                  /* bytes that alloc could give now, about; 0: nobody knows */
     MemoryUse *memory;
     /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: their format in
-     * its memory, one behind the other, DT_OTHER: not there; `precise`: norms and biases, always fp32), and for its ops on passes of up to `rows` rows. */
+     * its memory, one behind the other, DT_OTHER: not there; `precise`: norms, always fp32), and for its ops on passes of up to `rows` rows. */
     size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, DType owned, bool precise);
     size_t (*work_bytes)(Engine *e, const Config *c, int rows, bool training);
 

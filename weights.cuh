@@ -27,7 +27,11 @@ template <typename T> static void convert(Cuda *c, T *out, const void *in, DType
 
 template <typename T> constexpr DType DTYPE = sizeof(T) == 4 ? DT_F32 : DT_BF16;
 
+#ifdef NLA_SHIM
+enum : size_t { UPLOAD = 16 << 10 }; /* small: so that the tests' weights, too, come in several parts */
+#else
 enum : size_t { UPLOAD = 64 << 20 }; /* bytes of a weight that are on their way at once */
+#endif
 
 /* A tensor's numbers as T, from where the host or the engine has them. */
 template <typename T> static void fill_copy(Cuda *c, T *out, const Tensor *t, size_t count) {
@@ -106,7 +110,7 @@ template <typename T> static const T *working_copy(Cuda *c, const Tensor *t, int
     return copy ? (const T *)copy->data : NULL;
 }
 
-/* A stack of matrices as one [out, in]; its biases as one [out] (NULL: none has any); one matrix; a norm's weights. */
+/* A stack of matrices as one [out, in]; its biases as one [out] (NULL: none has any); one matrix; a norm's weights, always fp32. */
 template <typename T> static const T *matrices_of(Cuda *c, const Linear *w) {
     size_t counts[3];
     for (int i = 0; i < w->n; i++) {
@@ -115,14 +119,14 @@ template <typename T> static const T *matrices_of(Cuda *c, const Linear *w) {
     return working_copy<T>(c, w->w, w->n, counts);
 }
 
-static const float *biases_of(Cuda *c, const Linear *w) {
+template <typename T> static const T *biases_of(Cuda *c, const Linear *w) {
     size_t counts[3];
     bool any = false;
     for (int i = 0; i < w->n; i++) {
         counts[i] = (size_t)w->w[i].shape[0];
         any = any || w->b[i].data;
     }
-    return any ? working_copy<float>(c, w->b, w->n, counts) : NULL;
+    return any ? working_copy<T>(c, w->b, w->n, counts) : NULL;
 }
 
 template <typename T> static const T *matrix_of(Cuda *c, const Tensor *t, size_t count) { return working_copy<T>(c, t, 1, &count); }
