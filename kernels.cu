@@ -203,6 +203,9 @@ static void cuda_close(Engine *e) {
         cudaFree(p);
     }
     gemm_close(c);
+    close_upload(c);
+    cudaEventDestroy(c->upload.left[0]);
+    cudaEventDestroy(c->upload.left[1]);
     cudaEventDestroy(c->from);
     cudaEventDestroy(c->to);
     cudaStreamDestroy(c->stream);
@@ -228,6 +231,9 @@ static bool open_device(Cuda *c, DType act, Err *err) {
     status = status == cudaSuccess && n > 0 ? cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking) : status;
     status = status == cudaSuccess && n > 0 ? cudaEventCreate(&c->from) : status;
     status = status == cudaSuccess && n > 0 ? cudaEventCreate(&c->to) : status;
+    for (cudaEvent_t &left : c->upload.left) {
+        status = status == cudaSuccess && n > 0 ? cudaEventCreateWithFlags(&left, cudaEventDisableTiming) : status;
+    }
     if (status != cudaSuccess || n == 0) {
         const char *why = n == 0 && status == cudaSuccess               ? "there is no GPU"
                           : status == (cudaError_t)cudaErrorInsufficientDriver ? "there is no NVIDIA driver, or it is too old for this build"
@@ -271,6 +277,7 @@ Engine *engine_open_cuda(DType act, Err *err) {
     e->copy = cuda_copy;
     e->available = cuda_available;
     e->memory = &c->memory;
+    e->upload_bytes = 2 * UPLOAD;
     e->copy_bytes = cuda_copy_bytes;
     e->work_bytes = cuda_work_bytes;
     e->sample = cuda_sample;

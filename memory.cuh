@@ -47,6 +47,14 @@ struct Step {
     cudaGraphExec_t graph; /* NULL: not recorded */
 };
 
+/* Pinned memory of the host that weights go through: one buffer is filled while a copy leaves the other. */
+struct Upload {
+    void *buffer[2];     /* [UPLOAD]; NULL: not there now */
+    cudaEvent_t left[2]; /* the last copy out of each */
+    int next;            /* to be filled */
+    bool refused;        /* there was no such memory: plain copies */
+};
+
 enum Slot { WORK_A, WORK_B, WORK_PARTIAL, WORK_ROWS, WORK_GEMM, WORK_RESULT, WORK_SLOTS };
 
 struct Cuda {
@@ -60,6 +68,7 @@ struct Cuda {
     void *work[WORK_SLOTS];
     size_t work_room[WORK_SLOTS];
     MemoryUse memory;
+    Upload upload;
     cudaEvent_t from, to; /* of a measurement */
     size_t shared_limit; /* bytes of shared memory that a block can have */
     void *plans; /* of matrix products: cuBLASLt's */
@@ -68,6 +77,11 @@ struct Cuda {
 };
 
 enum { STAGED = 48, GEMM_WORKSPACE = 32 << 20 };
+#ifdef NLA_SHIM
+enum : size_t { UPLOAD = 16 << 10 }; /* small: so that the tests' weights, too, come in several parts */
+#else
+enum : size_t { UPLOAD = 64 << 20 }; /* bytes of a weight that are on their way at once */
+#endif
 
 Cuda *cuda_of(Engine *e) { return (Cuda *)e->scratch; }
 
@@ -229,8 +243,48 @@ static void *work(Cuda *c, Slot slot, size_t bytes) {
 }
 
 static void copy_in(Cuda *c, void *device, const void *host, size_t bytes) {
-    if (!c->failed[0] && bytes) { /* from pageable memory: the host's bytes have been taken when this returns */
+    if (!c->failed[0] && bytes) { /* from memory that is not pinned: the host's bytes have been taken when this returns */
         good(c, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, c->stream), "copy to the device");
+    }
+}
+
+static void close_upload(Cuda *c) {
+    Upload *u = &c->upload;
+    for (int i = 0; i < 2; i++) {
+        if (u->buffer[i]) {
+            good(c, cudaEventSynchronize(u->left[i]), "wait for a copy");
+            cudaFreeHost(u->buffer[i]);
+            u->buffer[i] = NULL;
+        }
+    }
+}
+
+static bool open_upload(Cuda *c) {
+    Upload *u = &c->upload;
+    for (int i = 0; i < 2 && !u->refused; i++) {
+        u->refused = !u->buffer[i] && cudaHostAlloc(&u->buffer[i], UPLOAD, cudaHostAllocDefault) != cudaSuccess;
+    }
+    if (u->refused) {
+        (void)cudaGetLastError();
+        close_upload(c);
+    }
+    return !u->refused;
+}
+
+/* A weight's bytes from the host: while a copy leaves one buffer, the next of them are read (from the mapped file) into the other. The
+ * buffers are freed by `check`, at the end of the pass whose ops used the weights first. */
+static void copy_in_weights(Cuda *c, void *device, const void *host, size_t bytes) {
+    Upload *u = &c->upload;
+    if (c->failed[0] || !open_upload(c)) {
+        copy_in(c, device, host, bytes);
+        return;
+    }
+    for (size_t at = 0; at < bytes && good(c, cudaEventSynchronize(u->left[u->next]), "wait for a copy"); at += UPLOAD) {
+        size_t n = bytes - at < UPLOAD ? bytes - at : (size_t)UPLOAD;
+        memcpy(u->buffer[u->next], (const char *)host + at, n);
+        copy_in(c, (char *)device + at, u->buffer[u->next], n);
+        good(c, cudaEventRecord(u->left[u->next], c->stream), "a copy");
+        u->next = 1 - u->next;
     }
 }
 
@@ -421,6 +475,7 @@ static void cuda_forget(Engine *e, const void *host, size_t bytes) {
 
 static int cuda_check(Engine *e, Err *err) {
     Cuda *c = cuda_of(e);
+    close_upload(c);
     return c->failed[0] ? fail(err, "%s", c->failed) : 0;
 }
 

@@ -368,6 +368,7 @@ struct Engine {
     void (*copy)(Engine *e, void *out, const void *x, size_t bytes); /* from its memory to its memory */
     size_t (*available)(Engine *e);                                  /* bytes that alloc could give now, about; 0: nobody knows */
     MemoryUse *memory;
+    size_t upload_bytes; /* of the host's memory that weights go through on their way to a GPU's, until `check` */
     /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: their format in
      * its memory, one behind the other, DT_OTHER: not there; `precise`: norms, always fp32), and for its ops on passes of up to `rows` rows. */
     size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, DType owned, bool precise);

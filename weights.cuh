@@ -27,12 +27,6 @@ template <typename T> static void convert(Cuda *c, T *out, const void *in, DType
 
 template <typename T> constexpr DType DTYPE = sizeof(T) == 4 ? DT_F32 : DT_BF16;
 
-#ifdef NLA_SHIM
-enum : size_t { UPLOAD = 16 << 10 }; /* small: so that the tests' weights, too, come in several parts */
-#else
-enum : size_t { UPLOAD = 64 << 20 }; /* bytes of a weight that are on their way at once */
-#endif
-
 /* A tensor's numbers as T, from where the host or the engine has them. */
 template <typename T> static void fill_copy(Cuda *c, T *out, const Tensor *t, size_t count) {
     const char *start;
@@ -41,13 +35,13 @@ template <typename T> static void fill_copy(Cuda *c, T *out, const Tensor *t, si
     if (find_piece(c, t->data, &start, &piece)) {
         convert<T>(c, out, t->data, t->dtype, count);
     } else if (t->dtype == DTYPE<T>) {
-        copy_in(c, out, t->data, count * size);
+        copy_in_weights(c, out, t->data, count * size);
     } else {
         size_t step = UPLOAD / size;
         for (size_t at = 0; at < count && !c->failed[0]; at += step) {
             size_t n = count - at < step ? count - at : step;
             void *stored = work(c, WORK_A, n * size);
-            copy_in(c, stored, (const char *)t->data + at * size, n * size);
+            copy_in_weights(c, stored, (const char *)t->data + at * size, n * size);
             convert<T>(c, out + at, stored, t->dtype, n);
         }
     }

@@ -69,6 +69,8 @@ MUTANTS = [
     ("a bias that nobody adds", "kernels/linear", "bool behind = b && !g.bias;", "bool behind = b && !g.bias && MUTANT != %d;"),
     ("off by one: a bias", "kernels/linear", "narrow<Y>(widen(row[o]) + widen(b[o]))", "narrow<Y>(widen(row[o]) + widen(b[o > 0 ? o - (MUTANT == %d) : o]))"),
     ("a band's bias that begins with the first's", "kernels/weights_of_one_byte", "bias ? bias + o : NULL", "bias ? bias + (MUTANT == %d ? 0 : o) : NULL"),
+    ("a buffer that is filled before the copy out of it has left", "kernels/weights_reach",
+     "at < bytes && good(c, cudaEventSynchronize(u->left[u->next]),", "at < bytes && good(c, MUTANT == %d ? cudaSuccess : cudaEventSynchronize(u->left[u->next]),"),
     ("bf16 weights rounded down", "kernels/adamw", "*w = round_stochastically(x, element_random(~key, i));",
      "*w = round_stochastically(x, MUTANT == %d ? 0 : element_random(~key, i));"),
 ]
