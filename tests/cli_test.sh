@@ -187,6 +187,9 @@ says 1 "$work/one" "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl
 prints '"rows": 2' "$NLA" capture --quiet --json --model "$good" --in "$work/docs.jsonl" --out "$work/last" --positions last
 "$NLA" capture --quiet --model "$good" --in - --out "$work/piped" --layer 1 <"$work/docs.jsonl" &&
     same "$work/one/activations.safetensors" "$work/piped/activations.safetensors" "capture from a pipe"
+! grep -q "weights:" "$work/one/nla_meta.yaml" && ok || bad "weights as they are stored are noted"
+"$NLA" capture --quiet --weights int8 --model "$good" --in "$work/docs.jsonl" --out "$work/rounded" --layer 1 || bad "capture --weights int8"
+prints "weights: int8" "$NLA" inspect "$work/rounded"
 gzip -c "$work/docs.jsonl" >"$work/docs.jsonl.gz"
 "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl.gz" --out "$work/zipped" --layer 1 &&
     same "$work/one/activations.safetensors" "$work/zipped/activations.safetensors" "capture of a gzipped file"
