@@ -189,7 +189,7 @@ prints '"rows": 2' "$NLA" capture --quiet --json --model "$good" --in "$work/doc
     same "$work/one/activations.safetensors" "$work/piped/activations.safetensors" "capture from a pipe"
 ! grep -q "weights:" "$work/one/nla_meta.yaml" && ok || bad "weights as they are stored are noted"
 "$NLA" capture --quiet --weights int8 --model "$good" --in "$work/docs.jsonl" --out "$work/rounded" --layer 1 || bad "capture --weights int8"
-prints "weights: int8" "$NLA" inspect "$work/rounded"
+prints 'weights: "int8"' "$NLA" inspect "$work/rounded"
 gzip -c "$work/docs.jsonl" >"$work/docs.jsonl.gz"
 "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl.gz" --out "$work/zipped" --layer 1 &&
     same "$work/one/activations.safetensors" "$work/zipped/activations.safetensors" "capture of a gzipped file"
