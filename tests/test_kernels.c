@@ -194,7 +194,7 @@ Test(kernels, weights_reach_the_gpu_in_parts) {
             for (int i = 0; i < IN; i++) {
                 sum += x[i] * w[o * IN + i];
             }
-            cr_assert(y[o] == sum, "output %d is %g instead of %g", o, (double)y[o], (double)sum);
+            cr_assert(y[o] == sum, "op linear, output %d: %g instead of %g", o, (double)y[o], (double)sum);
         }
         cr_assert(e->check(e, &err) == 0 && shim_pinned() == 0, "%s", err.msg);
         wipe(&t);
