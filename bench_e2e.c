@@ -586,6 +586,7 @@ static int open_readers(Bench *b, Readers *x, bool all, Plan *plan, int vectors,
         plan_part(plan, "AV: working copies of its weights", (double)model_copies(&x->av.model, NULL, DT_OTHER), false);
         plan_part(plan, "working memory of the ops", (double)e->work_bytes(e, &x->av.model.config, vectors, false), false);
         plan_part(plan, "weights", (double)x->av.model.made_bytes + (double)x->ar.model.made_bytes + (double)x->target.made_bytes, true);
+        plan_part(plan, "weights on their way to the GPU", (double)e->upload_bytes, true);
     }
     free(av);
     free(ar);

@@ -211,6 +211,10 @@ static void run_lora_back(const Rig *r, const Case *c) {
     d.up[0] = gradient_of(r, &d.up[0]);
     r->e->lora_up_backward(r->e, r->f.low, &d, c->y, c->x, c->w, r->N);
 }
+static void run_mse(const Rig *r, const Case *c) { /* y: dx; golds are any numbers in fp32 */
+    double mse[LOGIT_ROWS];
+    r->e->mse_nrm(r->e, mse, c->y, c->x, r->flat[1], r->n, r->m->config.hidden_size, 1, 1);
+}
 static void run_squares(const Rig *r, const Case *c) {
     (void)c;
     (void)r->e->sum_squares(r->e, r->flat[1], r->flat_n);
@@ -370,6 +374,7 @@ static int backward_cases(const Rig *r, Case *list) {
     list[i++] = (Case){"rope_qkv_backward", run_rope_back, L, 0, 3 * N * (Q + 2 * KV) * a, NULL, k->qkv, f->dqkv};
     i += linear_back_cases(r, list + i, names[0], &b->qkv, f->xn, f->dxn, f->dqkv, L);
     list[i++] = (Case){"embed_backward", run_embed_back, 1, 0, N * D * (a + 8), NULL, f->dx, NULL};
+    list[i++] = (Case){"mse_nrm", run_mse, 0, 0, n * D * (2 * a + 4), NULL, f->dx, f->dxn}; /* the AR's loss */
     /* What adapters add to one matrix, and an update's ops, on a part of the weights; they are in no pass of full fine-tuning. */
     list[i++] = (Case){"lora_up o", run_lora, 0, 2 * N * D * R, N * (2 * D + R) * a, &b->o, f->low, f->proj};
     list[i++] = (Case){"lora_up_backward o", run_lora_back, 0, 4 * N * D * R, N * (D + 2 * R) * a, &b->o, f->q, f->proj};

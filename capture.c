@@ -278,6 +278,9 @@ static Yaml *base_sidecar(const Capture *c, int layer, const char *positions, co
     yaml_set(y, "stage", "base", false);
     yaml_set(y, "row_count", "0", false);
     yaml_set(y, "extraction.base_model", s->model, true);
+    if (s->weights) { /* int8, fp8: rounded ones gave these rows */
+        yaml_set(y, "extraction.weights", s->weights, false);
+    }
     yaml_set_number(y, "extraction.d_model", c->width);
     yaml_set_number(y, "extraction.layer_index", layer);
     yaml_set(y, "extraction.norm", "none", false);
@@ -414,9 +417,9 @@ static char *settings_in_words(const Extract *x) {
         free(layers);
         layers = more;
     }
-    char *words = xprintf("model %s, corpus %s, layer %s, %d positions a document after %d tokens, length %d, seed %lld%s%s%s", s->model, s->in,
+    char *words = xprintf("model %s, corpus %s, layer %s, %d positions a document after %d tokens, length %d, seed %lld%s%s%s%s%s", s->model, s->in,
                           layers, s->positions_per_doc, x->c.min_context, s->max_length, (long long)s->seed, s->bf16 ? ", bf16" : "",
-                          s->documents ? ", documents " : "", s->documents ? s->documents : "");
+                          s->weights ? ", weights " : "", s->weights ? s->weights : "", s->documents ? ", documents " : "", s->documents ? s->documents : "");
     free(layers);
     return words;
 }

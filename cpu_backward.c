@@ -824,6 +824,26 @@ static void cpu_token_logprob_backward(Engine *e, Act *logits, const float *logp
     }
 }
 
+/* d mse_nrm / d x = -2 s^2/D (gold / |x||gold| - cos x / |x|^2) */
+static void mse_gradient(float *dx, const float *x, const float *gold, int D, double s, double weight) {
+    double p = vector_norm(x, D), g = vector_norm(gold, D), cos = cosine(x, gold, D), c = -2 * s * s / D * weight;
+    for (int i = 0; i < D; i++) {
+        dx[i] = p > 0 && g > 0 ? (float)(c * ((double)gold[i] / (p * g) - cos * (double)x[i] / (p * p))) : 0;
+    }
+}
+
+static void cpu_mse_nrm(Engine *e, double *mse, Act *dx, const Act *x, const Act *gold, int n, int D, double scale, double weight) {
+#pragma omp parallel for schedule(static) num_threads(e->threads) if ((double)n * D * 16 > WORTH_THREADS)
+    for (int i = 0; i < n; i++) {
+        size_t at = (size_t)i * (size_t)D;
+        const float *row = (const float *)x + at, *v = (const float *)gold + at;
+        mse[i] = mse_nrm(row, v, D, scale);
+        if (dx) {
+            mse_gradient((float *)dx + at, row, v, D, scale, weight);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ the optimizer */
 
 enum { FLAT_BLOCK = 1 << 16 }; /* elements that one thread sums or updates at a time */
@@ -917,6 +937,7 @@ void CPU_BACKWARD(Engine *e) {
     e->gated_backward = cpu_gated_backward;
     e->token_logprob = cpu_token_logprob;
     e->token_logprob_backward = cpu_token_logprob_backward;
+    e->mse_nrm = cpu_mse_nrm;
     e->sum_squares = cpu_sum_squares;
     e->adamw = cpu_adamw;
 }

@@ -721,7 +721,7 @@ size_t model_parameters(const Model *m) {
 /* Biases stand between the matrices of a stack where it trains, so that it is copied even when its format would do. */
 static size_t stack_copies(Engine *e, const Linear *w, DType base, DType adapters) {
     bool biases = w->n > 1 && w->b[0].data;
-    size_t bytes = w->n ? e->copy_bytes(e, w->w, w->n, biases ? DT_OTHER : base, false) + e->copy_bytes(e, w->b, w->n, w->n > 1 ? DT_OTHER : base, true) : 0;
+    size_t bytes = w->n ? e->copy_bytes(e, w->w, w->n, biases ? DT_OTHER : base, false) + e->copy_bytes(e, w->b, w->n, w->n > 1 ? DT_OTHER : base, false) : 0;
     if (w->lora) {
         bytes += e->copy_bytes(e, w->lora->down.w, w->lora->down.n, w->lora->down.n > 1 ? DT_OTHER : adapters, false);
         for (int i = 0; i < w->n; i++) {
@@ -754,7 +754,7 @@ size_t model_copies(const Model *m, const Linear *head, DType masters) {
 }
 
 size_t model_bytes(const Model *m, DType act, WeightFormat format) {
-    size_t matrices = 0, rows = 0, vectors = tensor_elements(&m->final_norm), one = dtype_size(act);
+    size_t matrices = 0, rows = 0, biases = 0, one = dtype_size(act);
     size_t tables = tensor_elements(&m->embed) + (m->config.tied ? 0 : linear_elements(&m->lm_head));
     for (int i = 0; i < m->config.n_layers; i++) {
         const Block *b = &m->block[i];
@@ -763,11 +763,11 @@ size_t model_bytes(const Model *m, DType act, WeightFormat format) {
             size_t n = (size_t)stack[j]->in * (size_t)stack[j]->out;
             matrices += n;
             rows += (size_t)stack[j]->out;
-            vectors += linear_elements(stack[j]) - n;
+            biases += linear_elements(stack[j]) - n;
         }
     }
-    vectors += model_parameters(m) - matrices - tables - vectors; /* norms */
-    return tables * one + vectors * sizeof(float) + (format == WEIGHTS_AS_STORED ? matrices * one : matrices + rows * sizeof(float));
+    size_t norms = model_parameters(m) - matrices - tables - biases;
+    return (tables + biases) * one + norms * sizeof(float) + (format == WEIGHTS_AS_STORED ? matrices * one : matrices + rows * sizeof(float));
 }
 
 /* ------------------------------------------------------------------------------------------------ tensors by name */

@@ -300,7 +300,7 @@ typedef struct {
 /* ------------------------------------------------------------------------------------------------ the engine: op table */
 
 /* Memory of the engine. Only ops look inside. Each piece has the number format that it was asked for: activations act_dtype; fp32
- * on every engine are trained weights and their gradients, logits, attention's lse, cos and sin. */
+ * on every engine are trained weights and their gradients, logits, attention's lse, cos and sin, and the vectors that an AR is to rebuild. */
 typedef void Act;
 
 /* A stack of weight matrices applied to the same input as one: q, k, v or gate, up. y = x [w0; w1; ..]^T + [b0; b1; ..] */
@@ -368,8 +368,9 @@ struct Engine {
     void (*copy)(Engine *e, void *out, const void *x, size_t bytes); /* from its memory to its memory */
     size_t (*available)(Engine *e);                                  /* bytes that alloc could give now, about; 0: nobody knows */
     MemoryUse *memory;
+    size_t upload_bytes; /* of the host's memory that weights go through on their way to a GPU's, until `check` */
     /* What it will take beside alloc: for a working copy of n tensors as one weight (NULL data: from the host; `owned`: their format in
-     * its memory, one behind the other, DT_OTHER: not there; `precise`: norms and biases, always fp32), and for its ops on passes of up to `rows` rows. */
+     * its memory, one behind the other, DT_OTHER: not there; `precise`: norms, always fp32), and for its ops on passes of up to `rows` rows. */
     size_t (*copy_bytes)(Engine *e, const Tensor *t, int n, DType owned, bool precise);
     size_t (*work_bytes)(Engine *e, const Config *c, int rows, bool training);
 
@@ -454,6 +455,11 @@ struct Engine {
     /* logp[i] = log softmax(logits[i,:])[target[i]], logits F32; and its gradient, in the logits' place: dlogits = dlogp (onehot - softmax) */
     void (*token_logprob)(Engine *e, float *logp, const Act *logits, const int *target, int n, int V);
     void (*token_logprob_backward)(Engine *e, Act *logits, const float *logp, const float *dlogp, const int *target, int n, int V);
+
+    /* mse[i] = mse_nrm(x[i,:], gold[i,:], D, scale), below, summed in fp64, and dx = weight * its gradient (dx NULL: not wanted),
+     * dmse_i/dx_i = -2 scale^2/D (gold_i / |x_i||gold_i| - cos x_i / |x_i|^2), 0 where either is zero.
+     * x, dx [n,D], gold [n,D] F32; mse [n] on the host, NaN when the engine has failed */
+    void (*mse_nrm)(Engine *e, double *mse, Act *dx, const Act *x, const Act *gold, int n, int D, double scale, double weight);
 
     double (*sum_squares)(Engine *e, const Act *x, size_t count);
 
@@ -981,14 +987,14 @@ size_t av_pass_bytes(const Verbalizer *av, int groups, int responses, int tokens
 int av_response(const Verbalizer *av, const char *explanation, size_t len, int **ids, Err *err);
 int av_end_of_turn(const Verbalizer *av); /* -1 when the prompt's template has none that the tokenizer knows */
 
-/* The AR's loss weight_i * mse_nrm over texts, forward and back. mse [n] is written; with grad NULL nothing else is done.
- * out [n,D] (may be NULL): the vectors themselves. */
+/* The AR's loss weight * mse_nrm summed over n texts, forward and back: gold [n,D], mse [n] is written, gradients are added to `params`'
+ * (NULL: forward alone). */
 typedef struct {
     Reconstructor *ar; /* borrowed */
     Forest forest;
     Batch batch;
     int *end_row;      /* stb */
-    Act *last, *out, *dout;
+    Act *last, *out, *dout, *gold; /* [texts, D]; gold F32 */
     int room;          /* texts that they hold */
     Passes passes;
 } ArPass;

@@ -73,15 +73,17 @@ template <typename T> __global__ void dequantise_kernel(T *out, const uint8_t *c
     }
 }
 
-/* y = x W^T for any number of rows, a band of outputs at a time. */
-template <typename T> static void many_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const Linear *w, int N) {
+/* y = x W^T + bias for any number of rows, a band of outputs at a time. */
+template <typename T>
+static void many_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const T *bias, const Linear *w, int N) {
     size_t I = (size_t)w->in, O = (size_t)w->out, band = UPLOAD / (I * sizeof(T)) / 64 * 64;
     band = band > 0 ? band : 64;
     for (size_t o = 0; o < O; o += band) {
         size_t n = O - o < band ? O - o : band;
         T *matrix = (T *)work(c, WORK_B, n * I * sizeof(T));
         LAUNCH(c, dequantise_kernel<T>, (unsigned)n, row_threads(w->in), 0, matrix, q.code + o * I, q.scale + o, w->in, w->format);
-        gemm(c, Gemm{N, (int)n, w->in, false, true, x, matrix, I, I, (char *)out + o * dtype_size(to), O, DTYPE<T>, to, 1, 0});
+        Gemm g = {N, (int)n, w->in, false, true, x, matrix, I, I, (char *)out + o * dtype_size(to), O, DTYPE<T>, to, 1, 0, NULL};
+        gemm_and_bias<T>(c, g, bias ? bias + o : NULL);
     }
 }
 
@@ -141,8 +143,8 @@ __global__ void few_rows_kernel(float *partial, const T *x, const uint8_t *code,
 }
 
 /* y[n,o] = scale[o] * the chunks' sums in order, + bias. Grid: (256 outputs, row). Bound: memory, 4 bytes a chunk and output. */
-template <typename T>
-__global__ void few_rows_total_kernel(T *y, const float *partial, const float *scale, const float *bias, int O, int chunks) {
+template <typename Y, typename T>
+__global__ void few_rows_total_kernel(Y *y, const float *partial, const float *scale, const T *bias, int O, int chunks) {
     int o = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     size_t at = (size_t)blockIdx.y * (size_t)O + (size_t)o;
     if (o < O) {
@@ -150,12 +152,12 @@ __global__ void few_rows_total_kernel(T *y, const float *partial, const float *s
         for (int i = 0; i < chunks; i++) {
             sum += partial[(size_t)i * (size_t)gridDim.y * (size_t)O + at];
         }
-        y[at] = narrow<T>(sum * scale[o] + (bias ? bias[o] : 0.0f));
+        y[at] = narrow<Y>(sum * scale[o] + (bias ? widen(bias[o]) : 0.0f));
     }
 }
 
 template <typename T>
-static void few_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const float *bias, const Linear *w, int N) {
+static void few_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q, const T *bias, const Linear *w, int N) {
     int I = w->in, O = w->out, R = (N + 15) / 16 * 16;
     unsigned across = blocks_of((size_t)O, FEW_OUTPUTS), wanted = blocks_of(FEW_BLOCKS, across); /* chunks that would keep a GPU busy */
     int chunk = (int)blocks_of(blocks_of((size_t)I, wanted), FEW_K) * FEW_K;
@@ -166,8 +168,8 @@ static void few_rows(Cuda *c, Act *out, DType to, const T *x, const Quantised &q
            R, I, O, chunk, w->format);
     dim3 grid(blocks_of((size_t)O, 256), (unsigned)N);
     if (to == DT_F32) {
-        LAUNCH(c, few_rows_total_kernel<float>, grid, 256, 0, (float *)out, (const float *)partial, (const float *)q.scale, bias, O, chunks);
+        LAUNCH(c, (few_rows_total_kernel<float, T>), grid, 256, 0, (float *)out, (const float *)partial, (const float *)q.scale, bias, O, chunks);
     } else {
-        LAUNCH(c, few_rows_total_kernel<T>, grid, 256, 0, (T *)out, (const float *)partial, (const float *)q.scale, bias, O, chunks);
+        LAUNCH(c, (few_rows_total_kernel<T, T>), grid, 256, 0, (T *)out, (const float *)partial, (const float *)q.scale, bias, O, chunks);
     }
 }

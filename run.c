@@ -1251,6 +1251,7 @@ int train_plan(const TrainRun *r, Plan *p, Err *err) {
     c.vocab_size = r->stage == STAGE_AR ? 0 : c.vocab_size; /* an AR makes no logits */
     plan_part(p, "working memory of the ops", (double)r->engine->work_bytes(r->engine, &c, rows, true), false);
     plan_part(p, "weights, mapped", mapped_bytes(m), true);
+    plan_part(p, "weights on their way to the GPU", (double)r->engine->upload_bytes, true);
     plan_part(p, "tokenizer, rows and the program", own_memory(), true);
     return 0;
 }

@@ -167,7 +167,7 @@ static int slice_of(const Yaml *y, const char *path, int64_t *from, int64_t *to,
 
 /* What shards must share. */
 static int same_settings(const Yaml *a, const Yaml *b, const char *path, Err *err) {
-    static const char *const keys[] = {"stage", "extraction.base_model", "extraction.d_model", "extraction.layer_index",
+    static const char *const keys[] = {"stage", "extraction.base_model", "extraction.weights", "extraction.d_model", "extraction.layer_index",
                                        "extraction.corpus", "extraction.positions_per_doc", "extraction.min_context",
                                        "extraction.max_length", "extraction.seed"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {

@@ -323,6 +323,7 @@ static void free_vectors(ArPass *p) {
         e->free(e, p->last);
         e->free(e, p->out);
         e->free(e, p->dout);
+        e->free(e, p->gold);
     }
 }
 
@@ -334,8 +335,9 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
         p->last = e->alloc(e, e->act_dtype, width);
         p->out = e->alloc(e, e->act_dtype, width);
         p->dout = e->alloc(e, e->act_dtype, width);
+        p->gold = e->alloc(e, DT_F32, width);
         p->room = texts;
-        if (!p->last || !p->out || !p->dout) {
+        if (!p->last || !p->out || !p->dout || !p->gold) {
             return fail(err, "not enough memory for %d texts at once", texts);
         }
     }
@@ -343,16 +345,8 @@ static int ar_room(ArPass *p, int rows, int texts, Err *err) {
 }
 
 size_t ar_pass_bytes(const Reconstructor *ar, int texts, int tokens, Passes passes) {
-    size_t vectors = 3 * (size_t)texts * (size_t)ar->model.config.hidden_size * dtype_size(ar->model.engine->act_dtype);
+    size_t vectors = (size_t)texts * (size_t)ar->model.config.hidden_size * (3 * dtype_size(ar->model.engine->act_dtype) + sizeof(float));
     return vectors + forest_bytes(&ar->model, ar->model.config.n_layers, tokens + CACHE_ALIGN * (texts + 1), tokens, passes);
-}
-
-/* d mse_nrm / d pred = -2 s^2/D (gold / |pred||gold| - cos pred / |pred|^2) */
-static void mse_gradient(float *out, const float *pred, const float *gold, int D, double s, double weight) {
-    double p = vector_norm(pred, D), g = vector_norm(gold, D), cos = cosine(pred, gold, D), c = -2 * s * s / D * weight;
-    for (int i = 0; i < D; i++) {
-        out[i] = p > 0 && g > 0 ? (float)(c * ((double)gold[i] / (p * g) - cos * (double)pred[i] / (p * p))) : 0;
-    }
 }
 
 static int ar_fill(ArPass *p, const char *const *text, const size_t *len, int n, Err *err) {
@@ -399,26 +393,17 @@ int ar_pass(ArPass *p, const char *const *text, const size_t *len, const float *
         return -1;
     }
     Forest *f = &p->forest;
-    size_t count = (size_t)n * (size_t)D;
-    float *pred = xmalloc(count * sizeof(float)), *d = xmalloc(count * sizeof(float));
     e->gather(e, p->last, f->kept ? f->kept[f->blocks].in : f->x, p->end_row, n, D);
     e->linear(e, p->out, p->last, &r->head, n);
-    e->read(e, pred, p->out, 0, count);
-    for (int i = 0; i < n; i++) {
-        const float *v = gold + (size_t)i * (size_t)D;
-        mse[i] = mse_nrm(pred + (size_t)i * (size_t)D, v, D, (double)r->meta.mse_scale);
-        mse_gradient(d + (size_t)i * (size_t)D, pred + (size_t)i * (size_t)D, v, D, (double)r->meta.mse_scale, weight);
-    }
+    e->write(e, p->gold, 0, gold, (size_t)n * (size_t)D);
+    e->mse_nrm(e, mse, params ? p->dout : NULL, p->out, p->gold, n, D, (double)r->meta.mse_scale, weight);
     if (params) {
-        e->write(e, p->dout, 0, d, count);
         e->linear_weight_backward(e, &params->head, p->dout, p->last, n);
-        e->linear_backward(e, p->out, p->dout, &r->head, n, false); /* the predictions have been read */
+        e->linear_backward(e, p->out, p->dout, &r->head, n, false); /* in the place of the predictions, which are done with */
         e->zero(e, f->dx, arrlenu(p->batch.token) * (size_t)D * dtype_size(e->act_dtype));
         e->scatter(e, f->dx, p->out, p->end_row, n, D);
         model_backward(f, &p->batch, &params->gradient);
     }
-    free(pred);
-    free(d);
     return 0;
 }
 

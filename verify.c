@@ -340,6 +340,38 @@ static void op_losses(OpTape *t, const int *s) { /* rows, vocabulary */
     keep_floats(t, "sum of squares", &sum, 1, V == 1 ? 1 : 1e-5);
 }
 
+static void keep_doubles(OpTape *t, const char *name, const double *x, int n, double bound) {
+    float some[64];
+    for (int i = 0; i < n; i++) {
+        some[i] = (float)x[i];
+    }
+    keep_floats(t, name, some, (size_t)n, bound);
+}
+
+static void op_scores(OpTape *t, const int *s) { /* rows, width */
+    int n = s[0], D = s[1];
+    size_t all = (size_t)n * (size_t)D;
+    double mse[64];
+    float *pred = host_floats(t, all), *gold = host_floats(t, all), *good = host_floats(t, all);
+    Act *x = act(t, all), *golds = room(t, DT_F32, all), *dx = act(t, all);
+    memcpy(good, gold, all * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        good[i * D] /= 2;
+    }
+    t->e->write(t->e, golds, 0, gold, all);
+    t->e->write(t->e, x, 0, good, all);
+    t->e->mse_nrm(t->e, mse, NULL, x, golds, n, D, 3, 1);
+    keep_doubles(t, "mse of good predictions", mse, n, 3e-7); /* sums and cosine in fp64: in fp32 1e-7 of 1, of which this is a small part */
+    for (int i = 1; i < n; i += 3) { /* a vector that is zero */
+        memset((i % 2 ? pred : gold) + (size_t)i * (size_t)D, 0, (size_t)D * sizeof(float));
+    }
+    t->e->write(t->e, golds, 0, gold, all);
+    t->e->write(t->e, x, 0, pred, all);
+    t->e->mse_nrm(t->e, mse, dx, x, golds, n, D, 3, -0.5);
+    keep_doubles(t, "mse", mse, n, 1e-6);
+    keep(t, "dx", dx, all, bound(t, 1));
+}
+
 /* A draw must be the CPU's but where two tokens are all but tied: none here. */
 static void op_sample(OpTape *t, const int *s) { /* vocabulary, top_k, top_p in 1000ths, temperature in 100ths, ties */
     int V = s[0], token[40];
@@ -420,6 +452,7 @@ const OpCase op_cases[] = {
     {"wide attention", op_attention, {{2, 1, 128, 0, 0, 0}, {1, 1, 256, 40, 1, 1}}},
     {"decoding", op_decode, {{4, 2, 64, 0, 9}, {7, 1, 20, 9, 8}, {24, 1, 16, 0, 5}, {14, 2, 36, 90, 9}, {2, 2, 16, 310, 7}, {1, 1, 8, 0, 1}}},
     {"losses", op_losses, {{1, 1}, {3, 37}, {64, 100}, {2, 4099}, {5, 40000}}},
+    {"scores", op_scores, {{1, 2}, {5, 37}, {9, 64}, {3, 4099}, {33, 1030}}},
     {"sample", op_sample, {{7, 0, 1000, 100, 0}, {1003, 0, 1000, 70, 0}, {1003, 20, 1000, 130, 0}, {501, 0, 600, 100, 0},
                            {777, 50, 900, 100, 0}, {300, 7, 1000, 100, 1}, {300, 0, 500, 100, 1}, {90, 40, 300, 200, 1}, {333, 0, 1, 100, 0}}},
     {"adamw", op_adamw, {{1, 1}, {1025, 3}, {40000, 100}}},

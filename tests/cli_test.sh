@@ -187,6 +187,9 @@ says 1 "$work/one" "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl
 prints '"rows": 2' "$NLA" capture --quiet --json --model "$good" --in "$work/docs.jsonl" --out "$work/last" --positions last
 "$NLA" capture --quiet --model "$good" --in - --out "$work/piped" --layer 1 <"$work/docs.jsonl" &&
     same "$work/one/activations.safetensors" "$work/piped/activations.safetensors" "capture from a pipe"
+! grep -q "weights:" "$work/one/nla_meta.yaml" && ok || bad "weights as they are stored are noted"
+"$NLA" capture --quiet --weights int8 --model "$good" --in "$work/docs.jsonl" --out "$work/rounded" --layer 1 || bad "capture --weights int8"
+prints 'weights: "int8"' "$NLA" inspect "$work/rounded"
 gzip -c "$work/docs.jsonl" >"$work/docs.jsonl.gz"
 "$NLA" capture --quiet --model "$good" --in "$work/docs.jsonl.gz" --out "$work/zipped" --layer 1 &&
     same "$work/one/activations.safetensors" "$work/zipped/activations.safetensors" "capture of a gzipped file"
@@ -352,7 +355,7 @@ tiny_shape=tests/golden/pair_gemma3/av
 "$NLA" bench --ops --device cpu --json --shape ./$tiny_shape --rows 160 --batch 5 --repeat 1 >"$work/ops" 2>"$work/err" || bad "bench --ops: $(cat "$work/err")"
 for op in embed rmsnorm "linear q, k, v" rope_qkv attention gated add add_rmsnorm gather "linear lm_head" sample token_logprob token_logprob_backward \
     "linear_backward down" "weight_backward down" gated_backward rmsnorm_backward attention_backward rope_qkv_backward embed_backward scatter zero \
-    "lora_up o" "lora_up_backward o" sum_squares "adamw, moments f32" "adamw, moments bf16"; do
+    "lora_up o" "lora_up_backward o" mse_nrm sum_squares "adamw, moments f32" "adamw, moments bf16"; do
     if grep -F "\"op\": \"$op\"" "$work/ops" | grep -q '"median_s": [0-9.e-]*, .*"share": [0-9.e-]*, "floor_s": [0-9.e-]*}'; then ok; else bad "bench --ops lacks $op"; fi
 done
 prints "rmsnorm_backward" "$NLA" bench --ops --device cpu --shape ./$tiny_shape --rows 160 --repeat 1 rmsnorm

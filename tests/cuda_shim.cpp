@@ -80,6 +80,88 @@ static void region_check(const Region &r) {
     check_bytes(r.data + r.bytes, r.room - r.bytes, "behind", r);
 }
 
+/* ------------------------------------------------------------------------------------------------ pinned memory */
+
+namespace {
+struct PinnedCopy {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+} // namespace
+
+static std::map<char *, Region> &pinned(void) {
+    static std::map<char *, Region> all;
+    return all;
+}
+static std::vector<PinnedCopy> on_their_way; /* from the first_waiting'th on */
+static size_t first_waiting;
+static bool refuse_pinned;
+
+static void open_buffers(void);
+static void close_buffers(void);
+
+void shim_refuse_pinned(bool on) { refuse_pinned = on; }
+size_t shim_pinned(void) { return pinned().size(); }
+
+/* The first `copies` of all copies out of pinned memory are done now, in their order. */
+static void finish_copies(size_t copies) {
+    for (; first_waiting < copies; first_waiting++) {
+        PinnedCopy &c = on_their_way[first_waiting];
+        open_buffers();
+        memcpy(c.to, c.from, c.bytes);
+        close_buffers();
+    }
+}
+
+static void finish_all_copies(void) { finish_copies(on_their_way.size()); }
+
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags) {
+    (void)flags;
+    if (refuse_pinned) {
+        return cudaErrorMemoryAllocation;
+    }
+    Region r = region_new(bytes, 16);
+    pinned()[r.data] = r;
+    *p = r.data;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *p) {
+    auto it = pinned().find((char *)p);
+    running = "cudaFreeHost";
+    if (it == pinned().end()) {
+        found("%p is no pinned memory", p);
+    }
+    for (size_t i = first_waiting; i < on_their_way.size(); i++) {
+        const char *from = (const char *)on_their_way[i].from;
+        if (from >= it->second.data && from < it->second.data + it->second.bytes) {
+            found("a copy out of it has not left yet");
+        }
+    }
+    region_check(it->second);
+    munmap(it->second.map, it->second.map_bytes);
+    pinned().erase(it);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    finish_copies(event.copies);
+    return cudaSuccess;
+}
+
+/* Whether memory is pinned; all of it must be then. */
+static bool is_pinned(const void *p, size_t bytes) {
+    auto it = pinned().upper_bound((char *)p);
+    if (it == pinned().begin() || (const char *)p >= (--it)->second.data + it->second.bytes) {
+        return false;
+    }
+    if ((const char *)p + bytes > it->second.data + it->second.bytes) {
+        found("%zu bytes at %p are not inside one piece of pinned memory", bytes, p);
+    }
+    return true;
+}
+
 /* ------------------------------------------------------------------------------------------------ graphs */
 
 struct ShimGraph {
@@ -92,6 +174,7 @@ void shim_do(const std::function<void()> &work) {
     if (recorded) {
         recorded->work.push_back(work);
     } else {
+        finish_all_copies();
         work();
     }
 }
@@ -127,6 +210,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     (void)stream;
     not_while_recording("cudaGraphLaunch");
     launches()["graph"]++;
+    finish_all_copies();
     for (const std::function<void()> &work : graph->work) {
         work();
     }
@@ -223,6 +307,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
 cudaError_t cudaFree(void *p) {
     if (p) {
         not_while_recording("cudaFree");
+        finish_all_copies();
     }
     auto it = buffers().find((char *)p);
     if (p && it == buffers().end()) {
@@ -244,13 +329,14 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 cudaError_t shim_record(cudaEvent_t *event) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    *event = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    *event = cudaEvent_t{(double)t.tv_sec + 1e-9 * (double)t.tv_nsec, on_their_way.size()};
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     (void)stream;
     not_while_recording("cudaStreamSynchronize");
+    finish_all_copies();
     return cudaSuccess;
 }
 
@@ -276,6 +362,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     if (kind == cudaMemcpyDeviceToDevice) {
         check_inside("cudaMemcpyAsync", to, bytes);
     }
+    if (kind == cudaMemcpyHostToDevice && is_pinned(from, bytes)) {
+        on_their_way.push_back(PinnedCopy{to, from, bytes});
+        return cudaSuccess;
+    }
+    finish_all_copies();
     open_buffers();
     memcpy(to, from, bytes);
     close_buffers();

@@ -25,6 +25,8 @@ void shim_limit_shared(size_t bytes);         /* what the device says a block ca
 void shim_fail_after(int64_t allocations);    /* device allocations fail after so many more; -1: never */
 size_t shim_launches(const char *kernel);     /* of kernels whose name starts so */
 size_t shim_buffers(void);                    /* device allocations that have not been freed */
+void shim_refuse_pinned(bool on);             /* pinned memory of the host cannot be had */
+size_t shim_pinned(void);                     /* pieces of it that have not been freed */
 
 #ifdef __cplusplus
 }
@@ -226,7 +228,10 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInva
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaStreamNonBlocking };
 typedef struct ShimStream *cudaStream_t;
-typedef double cudaEvent_t; /* when it was recorded */
+struct cudaEvent_t { /* when it was recorded, and behind how many copies from pinned memory */
+    double seconds;
+    size_t copies;
+};
 struct cudaDeviceProp {
     char name[256];
 };
@@ -234,6 +239,11 @@ struct cudaDeviceProp {
 cudaError_t cudaMalloc(void **p, size_t bytes);
 cudaError_t cudaFree(void *p);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+/* Pinned memory. A copy out of it is done as late as it may be: when an event behind it is waited for, or when the device does anything
+ * else. What the host writes there meanwhile is what arrives. */
+enum { cudaHostAllocDefault = 0, cudaEventDisableTiming = 2 };
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaFuncSetAttribute(const void *kernel, int attribute, int value);
 cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int device);
@@ -245,13 +255,14 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int *n); /* one when the environment has NLA_SHIM, so that nothing runs on it unasked; NLA_SHIM=protect: shim_protect too */
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
-static inline cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = 0, cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = cudaEvent_t{0, 0}, cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t shim_record(cudaEvent_t *event);
 #define cudaEventRecord(event, stream) ((void)(stream), shim_record(&(event)))
 static inline cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    return *milliseconds = (float)((to - from) * 1e3), cudaSuccess;
+    return *milliseconds = (float)((to.seconds - from.seconds) * 1e3), cudaSuccess;
 }
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 

@@ -94,7 +94,7 @@ static void check(const char *name) {
     for (int i = 0; i < OP_SIZES && c->size[i][0]; i++) {
         check_size(c, c->size[i]);
     }
-    cr_assert(shim_buffers() == 0, "%s: %zu device buffers were not freed", name, shim_buffers());
+    cr_assert(shim_buffers() == 0 && shim_pinned() == 0, "%s: %zu device buffers were not freed, %zu of the host", name, shim_buffers(), shim_pinned());
 }
 
 Test(kernels, embed) { check("embed"); }
@@ -108,6 +108,7 @@ Test(kernels, attention) { check("attention"); }
 Test(kernels, attention_wide_heads) { check("wide attention"); }
 Test(kernels, attention_of_single_tokens) { check("decoding"); }
 Test(kernels, losses) { check("losses"); }
+Test(kernels, scores) { check("scores"); }
 Test(kernels, sample) { check("sample"); }
 Test(kernels, adamw) { check("adamw"); }
 
@@ -163,6 +164,43 @@ Test(kernels, copies_of_weights_follow_their_source) {
         wipe(&t);
     }
     cr_assert(shim_buffers() == 0);
+}
+
+/* A weight of several buffers' size, in the engine's format and in another, through pinned memory and, where none is to be had, without:
+ * the same numbers. The buffers are gone after the pass. */
+Test(kernels, weights_reach_the_gpu_in_parts) {
+    enum { IN = 300, OUT = 70 };
+    float *w = xmalloc(IN * OUT * sizeof(float)), x[IN], y[OUT];
+    for (int i = 0; i < IN * OUT; i++) {
+        w[i] = (float)((i * 7 + i / IN) % 61 - 30);
+    }
+    Linear linear = {.n = 1, .in = IN, .out = OUT,
+                     .w = {{.dtype = DT_F32, .n_dims = 2, .shape = {OUT, IN}, .data = w, .bytes = IN * OUT * sizeof(float)}}};
+    for (int how = 0; how < 4; how++) {
+        shim_refuse_pinned(how >= 2);
+        OpTape t = {.e = open_shim(how % 2 ? DT_BF16 : DT_F32)};
+        Engine *e = t.e;
+        Err err = {0};
+        Act *in = room(&t, e->act_dtype, IN), *out = room(&t, DT_F32, OUT);
+        for (int i = 0; i < IN; i++) {
+            x[i] = (float)(i % 5 - 2);
+        }
+        e->write(e, in, 0, x, IN);
+        e->linear(e, out, in, &linear, 1);
+        cr_assert(shim_pinned() == (how < 2 ? 2 : 0));
+        e->read(e, y, out, 0, OUT);
+        for (int o = 0; o < OUT; o++) {
+            float sum = 0; /* of whole numbers: exact */
+            for (int i = 0; i < IN; i++) {
+                sum += x[i] * w[o * IN + i];
+            }
+            cr_assert(y[o] == sum, "op linear, output %d: %g instead of %g", o, (double)y[o], (double)sum);
+        }
+        cr_assert(e->check(e, &err) == 0 && shim_pinned() == 0, "%s", err.msg);
+        wipe(&t);
+    }
+    shim_refuse_pinned(false);
+    free(w);
 }
 
 /* Trained weights in the engine's own format, one matrix of a stack behind the other, are used where they stand. */
