@@ -16,7 +16,7 @@ usage: ./build.sh             build ./nla (and install the distribution's packag
        ./build.sh bench ...   measure against PyTorch and OpenBLAS (tests/bench.py ...); without the venv of `golden`, nla alone
        ./build.sh golden      make the expected values again from PyTorch (tests/golden*.py, in $NLA_VENV)
        ./build.sh demo [TEXT] what SmolLM2-135M holds at each token of a text, read by the trained pair; writes report.html
-       ./build.sh reproduce   train that pair from nothing (data/reproduce.sh); --small: in about an hour
+       ./build.sh reproduce   train that pair from nothing (data/reproduce.sh); --small: in about an hour; --check: evaluate it
        ./build.sh install [PREFIX]  build, and put nla, its man page and its completions under PREFIX (default: /usr/local)
        ./build.sh clean       remove build/ and ./nla
 environment: CC=gcc|clang|...           the compiler
