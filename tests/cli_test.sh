@@ -229,6 +229,9 @@ prints '"what": "the AV' "$NLA" eval --quiet --json --av "$pair/av" --ar "$pair/
 grep -q '"position": \[[0-9]' "$work/out" && grep -q '"length": \[[0-9]' "$work/out" && grep -q '"mse": \[[0-9]' "$work/out" && ok ||
     bad "eval --json lacks its rows"
 grep -q '<html' "$work/eval.html" && grep -q '"what": "the AV' "$work/eval.html" && ok || bad "eval wrote no page"
+grep -q '"samples": \[{"row": [0-9]*, "prefix": "' "$work/out" && ! grep -q '"written"' "$work/out" && ok || bad "eval shows no rows, or texts nobody wrote"
+cp -r "$work/acts" "$work/written" && sed -i 's/}$/, "explanation": "A river."}/' "$work/written/rows.jsonl"
+prints '"written": {' "$NLA" eval --quiet --json --av "$pair/av" --ar "$pair/ar" --acts "$work/written" --max-tokens 5
 says 1 "/nowhere/eval.html" "$NLA" eval --quiet --json --av "$pair/av" --ar "$pair/ar" --acts "$work/acts" --max-tokens 5 --html /nowhere/eval.html
 grep -q '"conditions"' "$work/out" && ok || bad "eval loses its results when the page cannot be written"
 mkdir "$work/run" && printf 'lr: 1e-5\n' >"$work/run/settings.yaml"
