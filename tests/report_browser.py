@@ -517,9 +517,9 @@ def looks_charts(b, folder):
 
 
 def shots(b, folder, into):
-    """docs/report-light.png and docs/report-dark.png, and others to look at while changing the page."""
+    """Pictures to look at while changing the page."""
     for name, width, height, dark, where in (
-        ("report-light", 1120, 740, False, "#token=47&layer=30"), ("report-dark", 1120, 740, True, "#token=5&layer=20"),
+        ("light", 1120, 740, False, "#token=47&layer=30"), ("dark", 1120, 740, True, "#token=5&layer=20"),
         ("phone", 360, 740, False, ""), ("phone-dark", 360, 740, True, "#token=41&layer=10"),
         ("ladder", 1280, 860, False, "#token=47&ladder=1"), ("table", 1280, 860, True, "#token=3&layer=30&table=1"),
     ):  # fmt: skip
