@@ -578,7 +578,7 @@ typedef struct {
 } Forest;
 
 enum {
-    LOGIT_ROWS = 192, /* logits are made this many rows at a time, never for a whole batch */
+    LOGIT_ROWS = 128, /* logits are made this many rows at a time, never for a whole batch */
     CACHE_ALIGN = 16, /* rows: lets an engine keep keys in blocks of up to 16 */
     MAX_DEPTH = 64    /* ancestors of a segment, itself included */
 };
