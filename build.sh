@@ -111,6 +111,18 @@ need_to_test() { # Criterion, and a C++ compiler for the shim that runs kernels.
     need libcriterion-dev:criterion/criterion.h "$cxx:$cxx"
 }
 
+# Python with what the tests of data/'s scripts import, of which Debian packages only a part: that of `golden`, or a small one.
+need_pyarrow() {
+    local python small=$HOME/.cache/nla/data-venv
+    for python in "$venv/bin/python" "$small/bin/python"; do
+        if "$python" -c 'import numpy, pyarrow, xxhash, yaml' 2>/dev/null; then return 0; fi
+    done
+    [ "${NLA_INSTALL:-1}" != 0 ] && need python3:python3 python3-venv:ensurepip || return 1
+    say "making $small"
+    python3 -m venv --clear "$small" && "$small/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        -r <(grep -E '^(numpy|pyarrow|xxhash|PyYAML)==' tests/requirements.txt)
+}
+
 # ------------------------------------------------------------------------------------------------- CUDA
 
 # Sets nvcc (empty: build without) and cuda_says, the reason in words.
@@ -412,8 +424,8 @@ run_tests() {
     check "build/asan/nla" run_make asan build/asan/nla
     need chromium:chromium chromium-driver:chromedriver python3:python3 fonts-dejavu-core:/usr/share/fonts/truetype/dejavu ||
         say "the page's test in a browser will be skipped"
-    need python3:python3 python3-xxhash:/usr/lib/python3/dist-packages/xxhash ||
-        say "the tests of the scripts in data/ will be skipped where no Python has xxhash"
+    need zsh:zsh || say "the test of zsh's completion will be skipped"
+    need_pyarrow || say "the tests of the scripts in data/ will be skipped where no Python has pyarrow and xxhash"
     run_shell_tests
 
     part "5. fuzzing: the corpus again, then 20 s of new inputs"

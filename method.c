@@ -189,6 +189,19 @@ int scaled_vector(float *out, const float *v, int d, float scale, int64_t row, E
     return 0;
 }
 
+/* An AV ends its texts with the end-of-turn token that it was taught, which a base model's config does not count among its ends. */
+static void learned_end(Verbalizer *v) {
+    int **eos = &v->model.config.eos, end = av_end_of_turn(v);
+    for (int i = 0; i < (int)arrlen(*eos); i++) {
+        if ((*eos)[i] == end) {
+            return;
+        }
+    }
+    if (end >= 0) {
+        arrput(*eos, end);
+    }
+}
+
 int verbalizer_open(Verbalizer *v, const char *dir, const char *sidecar, double scale, Engine *engine, Err *err) {
     *v = (Verbalizer){0};
     if (adapted_load(&v->model, dir, 0, engine, err) != 0) {
@@ -209,6 +222,9 @@ int verbalizer_open(Verbalizer *v, const char *dir, const char *sidecar, double 
     }
     if (status == 0) {
         status = sidecar_prompt(&v->meta, v->tok, NULL, &v->prompt, &v->marker_at, err);
+    }
+    if (status == 0) {
+        learned_end(v);
     }
     if (status != 0) {
         verbalizer_close(v);

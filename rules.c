@@ -19,7 +19,8 @@
 
 enum {
     MIN_WORDS = 5,     /* fewer say too little */
-    QUOTE_WORDS = 14,  /* of the last words */
+    QUOTE_WORDS = 14,  /* of the last words, at most: a seventh of the words that the explanation may have */
+    QUOTE_LEAST = 4,
     BEFORE_WORDS = 12, /* of what came before them */
     QUOTE_BYTES = 120, /* of any quote, and so of one long word */
     QUOTE_ROOM = QUOTE_BYTES + 8,
@@ -37,7 +38,8 @@ typedef struct {
     Sentence sentence[16];
     int n;
     int len; /* of the sentence being written, sentence[n] */
-    int quoted_from; /* byte where the quote of the last words begins */
+    int quote_words; /* how long the quote of the last words may be */
+    int quoted_from; /* byte where it begins */
 } Writer;
 
 /* splitmix64: the next number below n */
@@ -776,7 +778,7 @@ static int words_back(const Text *t, int end, int most) {
 
 static void write_open(Writer *w, const Text *t) {
     char last[QUOTE_ROOM];
-    int from = words_back(t, t->last, QUOTE_WORDS);
+    int from = words_back(t, t->last, w->quote_words);
     Open o = find_open(t);
     w->quoted_from = t->piece[from].at;
     quote(t, t->piece[from].at, piece_end(t, t->last), true, last);
@@ -1325,6 +1327,7 @@ char *rules_explanation(const char *text, size_t len, int words, uint64_t key) {
     if (t.words >= MIN_WORDS) {
         Writer *w = xcalloc(1, sizeof *w);
         w->state = key;
+        w->quote_words = words / 7 < QUOTE_LEAST ? QUOTE_LEAST : words / 7 > QUOTE_WORDS ? QUOTE_WORDS : words / 7;
         write_subject(w, &t);
         write_topics(w, &t);
         write_open(w, &t);

@@ -235,7 +235,7 @@ static int mark_length(const Text *t, int at) {
 
 uint64_t lower_hash(const char *s, int len, Entry *known) {
     char lower[64];
-    if (len > COUNT(lower)) return XXH3_64bits(s, (size_t)len);
+    if (len < 1 || len > COUNT(lower)) return XXH3_64bits(s, (size_t)len);
     int n = 0;
     for (int i = 0; i < len; i++) {
         bool curly = i + 2 < len && !memcmp(s + i, "\u2019", 3);

@@ -7,6 +7,7 @@
 #
 # The run files are data/smollm2-l20/{ar,av,rl}.yaml. --small takes about an hour on two cores: fewer documents, fewer steps. A stage
 # whose result is there is not run again, and a training run that was interrupted goes on, so the same command resumes.
+# DOCUMENTS, STEPS_AR, STEPS_AV, STEPS_RL and EVAL_ROWS in the environment: other sizes than those below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,9 +35,9 @@ if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
 if [ "$how" = --small ]; then
-    documents=1800 steps_ar=160 steps_av=480 steps_rl=24 eval_rows=100
+    documents=${DOCUMENTS:-1800} steps_ar=${STEPS_AR:-160} steps_av=${STEPS_AV:-480} steps_rl=${STEPS_RL:-24} eval_rows=${EVAL_ROWS:-100}
 else
-    documents=7200 steps_ar="" steps_av="" steps_rl="" eval_rows=300
+    documents=${DOCUMENTS:-7200} steps_ar=${STEPS_AR:-} steps_av=${STEPS_AV:-} steps_rl=${STEPS_RL:-} eval_rows=${EVAL_ROWS:-300}
 fi
 
 say() { printf 'reproduce.sh: %s\n' "$*"; }

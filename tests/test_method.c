@@ -295,6 +295,46 @@ Test(method, an_explanation_stands_between_its_tags_and_is_trimmed) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ where a text ends */
+
+/* A base model's config does not count the chat's end-of-turn token among its ends; an AV made of it is taught that token all the same. */
+Test(method, an_av_of_a_base_model_ends_its_texts) {
+    static const char *const files[] = {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "nla_meta.yaml"};
+    char dir[] = "/tmp/nla-av-XXXXXX", path[64], source[512], cwd[400];
+    Pair p;
+    Verbalizer v;
+    File config;
+    Err err = {0};
+    open_pair(&p, 0);
+    cr_assert(mkdtemp(dir) && getcwd(cwd, sizeof cwd));
+    for (int i = 0; i < 4; i++) {
+        snprintf(source, sizeof source, "%s/%s/%s", cwd, p.av, files[i]);
+        snprintf(path, sizeof path, "%s/%s", dir, files[i]);
+        cr_assert(symlink(source, path) == 0);
+    }
+    snprintf(source, sizeof source, "%s/config.json", p.av);
+    cr_assert(file_map(&config, source, &err) == 0, "%s", err.msg);
+    char *text = strndup((const char *)config.data, config.len), *eos = strstr(text, "\"eos_token_id\": 402");
+    cr_assert(eos);
+    memcpy(eos, "\"eos_token_id\": 400", strlen("\"eos_token_id\": 400"));
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    cr_assert(file_write(path, text, config.len, &err) == 0, "%s", err.msg);
+    cr_assert(verbalizer_open(&v, dir, NULL, NAN, p.engine, &err) == 0, "%s", err.msg);
+    const int *end = v.model.config.eos;
+    cr_assert(arrlen(end) == 2 && end[0] == 400 && end[1] == av_end_of_turn(&v) && end[1] == 402);
+    verbalizer_close(&v);
+    free(text);
+    file_unmap(&config);
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, files[i]);
+        unlink(path);
+    }
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    unlink(path);
+    rmdir(dir);
+    close_pair(&p);
+}
+
 /* ------------------------------------------------------------------------------------------------ refusals */
 
 Test(method, a_zero_or_non_finite_vector_is_refused_by_row) {
