@@ -35,7 +35,7 @@ if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
 if [ "$how" = --small ]; then
-    documents=${DOCUMENTS:-1800} steps_ar=${STEPS_AR:-160} steps_av=${STEPS_AV:-480} steps_rl=${STEPS_RL:-24} eval_rows=${EVAL_ROWS:-100}
+    documents=${DOCUMENTS:-1800} steps_ar=${STEPS_AR:-160} steps_av=${STEPS_AV:-600} steps_rl=${STEPS_RL:-40} eval_rows=${EVAL_ROWS:-100}
 else
     documents=${DOCUMENTS:-7200} steps_ar=${STEPS_AR:-} steps_av=${STEPS_AV:-} steps_rl=${STEPS_RL:-} eval_rows=${EVAL_ROWS:-300}
 fi
@@ -88,11 +88,19 @@ train() { # train STAGE STEPS key=value...
     # shellcheck disable=SC2046,SC2086 # options or none
     "$NLA" train "$stage" $bf16 --config "$recipe/$stage.yaml" "out=$dir/$stage" "steps=$steps" "eval=$dir/rows/held" "$@" $(resumed "$dir/$stage")
 }
+at_both() { # at_both NAME OPTION...: read at temperature 0, and as `./build.sh demo` reads
+    local name=$1 temperature
+    shift
+    for temperature in 0 0.7; do
+        printf '\nat temperature %s\n' $temperature
+        # shellcheck disable=SC2086 # an option or none
+        "$NLA" eval $bf16 --temperature $temperature --rows "$eval_rows" --html "$dir/$name-$temperature.html" "$@"
+    done
+}
 evaluate() { # evaluate NAME AV AR ROWS [OPTION...]
     local name=$1 av=$2 ar=$3 rows=$4
     shift 4
-    # shellcheck disable=SC2086 # an option or none
-    to_file "$dir/$name.txt" "$NLA" eval $bf16 --av "$av" --ar "$ar" --acts "$rows" --rows $eval_rows --html "$dir/$name.html" "$@"
+    to_file "$dir/$name.txt" at_both "$name" --av "$av" --ar "$ar" --acts "$rows" "$@"
 }
 check() { # the committed pair on the documents that were held out of its training, captured anew
     if ! (cd "$dir/corpus" && sha256sum --quiet -c -) <"$recipe/corpus.sha256"; then
@@ -112,7 +120,7 @@ if [ "$how" = --check ]; then
     check
     exit
 fi
-stage "activations" "$dir/base/nla_meta.yaml" extract "$dir/corpus/corpus.jsonl" "$dir/base" --documents $documents
+stage "activations" "$dir/base/nla_meta.yaml" extract "$dir/corpus/corpus.jsonl" "$dir/base" --documents "$documents"
 stage "split" "$dir/parts/held/nla_meta.yaml" "$NLA" data split --acts "$dir/base" --out "$dir/parts"
 stage "explanations for the AR" "$dir/rows/ar_sft/nla_meta.yaml" explain "$dir/parts/ar_sft" ar_sft "$dir/rows/ar_sft" 0-7
 stage "explanations for the AV" "$dir/rows/av_sft/nla_meta.yaml" explain "$dir/parts/av_sft" av_sft "$dir/rows/av_sft" 0-7
