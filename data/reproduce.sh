@@ -35,7 +35,7 @@ if grep -qs avx512_bf16 /proc/cpuinfo; then bf16=--bf16; fi
 
 # What --small takes less of.
 if [ "$how" = --small ]; then
-    documents=${DOCUMENTS:-1800} steps_ar=${STEPS_AR:-160} steps_av=${STEPS_AV:-600} steps_rl=${STEPS_RL:-40} eval_rows=${EVAL_ROWS:-100}
+    documents=${DOCUMENTS:-1800} steps_ar=${STEPS_AR:-160} steps_av=${STEPS_AV:-480} steps_rl=${STEPS_RL:-32} eval_rows=${EVAL_ROWS:-100}
 else
     documents=${DOCUMENTS:-7200} steps_ar=${STEPS_AR:-} steps_av=${STEPS_AV:-} steps_rl=${STEPS_RL:-} eval_rows=${EVAL_ROWS:-300}
 fi

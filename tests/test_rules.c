@@ -306,6 +306,28 @@ Test(rules, fewer_words) {
     cr_expect(shorter > VARIED / 2, "%d of %d are shorter", shorter, VARIED);
 }
 
+/* Words of the sentence that quotes the last ones, which opens the second paragraph. */
+static int words_of_quote(const char *text, int words) {
+    char *out = rules_explanation(text, strlen(text), words, 5), *from = strstr(out, "\n\n"), *end = from;
+    cr_assert(from, "%s", out);
+    while (*end && strncmp(end, "\".", 2) != 0 && strncmp(end, "\u201d.", 4) != 0) end++;
+    *end = 0;
+    int n = count_words(from);
+    free(out);
+    return n;
+}
+
+/* A seventh of the words may be quoted, beside the five that say so at most. */
+Test(rules, a_short_explanation_quotes_little) {
+    int longer = 0;
+    for (int i = 0; i < VARIED; i++) {
+        int few = words_of_quote(varied[i], 45), all = words_of_quote(varied[i], RULES_WORDS);
+        cr_expect(few <= 5 + 6 && all <= 5 + 14, "%d and %d words: %s", few, all, varied[i]);
+        longer += all > few;
+    }
+    cr_expect(longer > VARIED / 2, "%d of %d quote more where more words may stand", longer, VARIED);
+}
+
 static int by_text(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
