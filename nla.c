@@ -178,6 +178,7 @@ double now(void) {
 void note(const Settings *s, const char *format, ...) {
     if (!s->quiet) {
         va_list args;
+        fflush(stdout); /* both may go into one file */
         va_start(args, format);
         vfprintf(stderr, format, args);
         va_end(args);
