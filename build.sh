@@ -111,16 +111,26 @@ need_to_test() { # Criterion, and a C++ compiler for the shim that runs kernels.
     need libcriterion-dev:criterion/criterion.h "$cxx:$cxx"
 }
 
+make_venv() { # make_venv DIR REQUIREMENTS: makes the environment where there is none, and installs into it
+    if ! [ -x "$1/bin/pip" ]; then
+        say "making $1"
+        need python3:python3 python3-venv:ensurepip || return 1
+        python3 -m venv "$1" || return 1
+    fi
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$2"
+}
+
 # Python with what the tests of data/'s scripts import, of which Debian packages only a part: that of `golden`, or a small one.
 need_pyarrow() {
-    local python small=$HOME/.cache/nla/data-venv
-    for python in "$venv/bin/python" "$small/bin/python"; do
-        if "$python" -c 'import numpy, pyarrow, xxhash, yaml' 2>/dev/null; then return 0; fi
+    local dir small=$HOME/.cache/nla/data-venv
+    for dir in "$venv" "$small"; do
+        if "$dir/bin/python" -c 'import numpy, pyarrow, xxhash, yaml' 2>/dev/null; then
+            export NLA_VENV=$dir # for tests/data_scripts_test.sh
+            return 0
+        fi
     done
-    [ "${NLA_INSTALL:-1}" != 0 ] && need python3:python3 python3-venv:ensurepip || return 1
-    say "making $small"
-    python3 -m venv --clear "$small" && "$small/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-        -r <(grep -E '^(numpy|pyarrow|xxhash|PyYAML)==' tests/requirements.txt)
+    [ "${NLA_INSTALL:-1}" != 0 ] || return 1
+    make_venv "$small" <(grep -E '^(numpy|pyarrow|xxhash|PyYAML)==' tests/requirements.txt) && export NLA_VENV=$small
 }
 
 # ------------------------------------------------------------------------------------------------- CUDA
@@ -466,14 +476,8 @@ bench() {
 
 golden() {
     [ -f tests/golden.py ] || die "tests/golden.py: not in this tree"
-    need python3:python3 || exit 1
-    if ! [ -x "$venv/bin/python" ]; then
-        say "making $venv"
-        need python3-venv:ensurepip || exit 1
-        python3 -m venv "$venv"
-    fi
     if ! cmp -s tests/requirements.txt "$venv/nla-requirements.txt"; then
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt
+        make_venv "$venv" tests/requirements.txt || exit 1
         cp tests/requirements.txt "$venv/nla-requirements.txt"
     fi
     "$venv/bin/python" tests/golden.py
@@ -498,7 +502,7 @@ demo() {
     build_release
     if [ ! -f "models/$target/model.safetensors" ]; then need_for_data; fi
     python3 data/get_model.py "$target" "models/$target"
-    # At temperature 0 this pair's AV repeats itself in one text of nine (docs/results.md).
+    # At temperature 0 this pair's AV repeats itself in one text of eight (docs/results.md).
     ./nla explain --model "models/$target" --av "$pair/av" --ar "$pair/ar" --temperature 0.7 --html report.html -- "$text"
     say "report.html has the same to look at. Next: ./build.sh demo \"your own text\"; ./nla help explain; README.md"
 }

@@ -231,7 +231,7 @@ typedef struct {
     bool gelu;          /* gelu_tanh gate (Gemma) instead of silu */
     Rope rope[2];
     LayerKind *layer; /* [n_layers], owned */
-    int *eos;         /* stb: end-of-sequence ids of config.json and generation_config.json */
+    int *eos;         /* stb: end-of-sequence ids of config.json and generation_config.json; an AV's own beside them */
 } Config;
 
 /* Reads DIR/config.json (and generation_config.json for eos) with the class defaults of `transformers` for absent keys,
@@ -686,8 +686,8 @@ double corpus_fraction(const Corpus *corpus); /* how much of it has been read, 0
 void corpus_close(Corpus *corpus);
 
 /* What a reader would say a model has in mind at the end of `text`, from the words alone: subject, register and topic; the
- * construction still open, the last words quoted (4 to 14, a seventh of `words`); the last token, its role and what may follow. Three paragraphs of plain
- * prose with a blank line between, of at most `words` words if what matters most fits into them (RULES_WORDS: 60 to 106 for most
+ * construction still open, the last words quoted (4 to 14, a seventh of `words`); the last token, its role and what may follow. Three
+ * paragraphs of plain prose with a blank line between, of at most `words` words if what matters most fits into them (RULES_WORDS: 60 to 106 for most
  * texts), at most 3,000 bytes of the end read; to be freed. NULL when there are fewer than five words: too little to say. `key` varies
  * the wording; the same text, words and key give the same bytes. Any bytes may come in; UTF-8 goes out, without the tags of an
  * explanation. Safe to call from several threads. */

@@ -20,7 +20,7 @@
 enum {
     MIN_WORDS = 5,     /* fewer say too little */
     QUOTE_WORDS = 14,  /* of the last words, at most: a seventh of the words that the explanation may have */
-    QUOTE_LEAST = 4,
+    QUOTE_LEAST = 4,   /* and at least */
     BEFORE_WORDS = 12, /* of what came before them */
     QUOTE_BYTES = 120, /* of any quote, and so of one long word */
     QUOTE_ROOM = QUOTE_BYTES + 8,
@@ -1327,7 +1327,8 @@ char *rules_explanation(const char *text, size_t len, int words, uint64_t key) {
     if (t.words >= MIN_WORDS) {
         Writer *w = xcalloc(1, sizeof *w);
         w->state = key;
-        w->quote_words = words / 7 < QUOTE_LEAST ? QUOTE_LEAST : words / 7 > QUOTE_WORDS ? QUOTE_WORDS : words / 7;
+        int share = words / 7;
+        w->quote_words = share < QUOTE_LEAST ? QUOTE_LEAST : share > QUOTE_WORDS ? QUOTE_WORDS : share;
         write_subject(w, &t);
         write_topics(w, &t);
         write_open(w, &t);

@@ -5,7 +5,7 @@
 #     data/reproduce.sh --check [DIR]         the table of docs/results.md again: the committed pair on its held-out documents
 #     MODEL=Gemma-3-270M LAYER=12 data/reproduce.sh --small DIR
 #
-# The run files are data/smollm2-l20/{ar,av,rl}.yaml. --small takes about an hour on two cores: fewer documents, fewer steps. A stage
+# The run files are data/smollm2-l20/{ar,av,rl}.yaml. --small takes half an hour on two quiet cores: fewer documents, fewer steps. A stage
 # whose result is there is not run again, and a training run that was interrupted goes on, so the same command resumes.
 # DOCUMENTS, STEPS_AR, STEPS_AV, STEPS_RL and EVAL_ROWS in the environment: other sizes than those below.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # data/explain_api.py against a server on 127.0.0.1 that plays both APIs and misbehaves, and data/parquet.py both ways:
 # tests/data_scripts.py checks them on data sets that nla captures here. The Python with pyarrow is that of $NLA_VENV
-# (tests/requirements.txt) or the small one that ./build.sh test makes; where no Python has what a part needs, that part is skipped.
+# (tests/requirements.txt), or the small one that ./build.sh test makes and names so; where no Python has what a part needs, that part is skipped.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export NLA=${NLA:-./nla}
@@ -13,7 +13,7 @@ passed=0 failed=0 skipped=0
 python_with() { # python_with MODULE...: the first Python that has them all
     local python modules
     modules=$(printf ', %s' "$@")
-    for python in "$venv/bin/python" ~/.cache/nla/data-venv/bin/python python3 /usr/bin/python3; do
+    for python in "$venv/bin/python" python3 /usr/bin/python3; do
         if "$python" -c "import ${modules:2}" 2>/dev/null; then
             echo "$python"
             return 0
